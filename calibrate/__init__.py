@@ -1,0 +1,1 @@
+"""How good codes are found: calibration text, Hessians, the solver, the streamed run."""

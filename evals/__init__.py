@@ -1,0 +1,1 @@
+"""What quantization cost: likelihood, routing, retrieval, and the verdict on them."""

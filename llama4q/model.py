@@ -1,0 +1,224 @@
+"""One Llama 4 decoder layer's forward, the embedding and the head, in plain functions of tensors.
+
+Weights are in-major, `[I, O]`, so that `x @ weight` applies them. No `[T, T]` mask is built: local
+layers attend inside chunks of positions, global ones causally. Only the rows routed to an expert
+pass through it. Knows nothing of files or bits. Proven equal to transformers' `modeling_llama4.py`
+in tests/test_model.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight `[I, O]`, and what an engine does to its input first (None: nothing)."""
+
+    weight: torch.Tensor
+    quantize_input: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.quantize_input is not None:
+            inputs = self.quantize_input(inputs)
+        return inputs @ self.weight
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated feed-forward: `gate_up [D, 2F]` holds gate and up side by side, `down [F, D]`."""
+
+    gate_up: Linear
+    down: Linear
+
+    def hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What `down` is applied to, `[N, F]`."""
+        gate, up = self.gate_up(inputs).chunk(2, dim=-1)
+        return up * functional.silu(gate)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.down(self.hidden(inputs))
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A top-1 router `[D, E]`, its experts, and the shared expert that sees every token."""
+
+    router: torch.Tensor
+    experts: Sequence[Mlp]
+    shared: Mlp
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The weights of one decoder layer; `feed_forward` is dense or a mixture of experts."""
+
+    index: int
+    input_norm: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: Linear
+    post_norm: torch.Tensor
+    feed_forward: Mlp | Moe
+
+
+@dataclass(frozen=True)
+class Head:
+    """The final norm `[D]` and the output projection `[D, vocabulary]`."""
+
+    norm: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which expert each of N tokens goes to, and the score that multiplies the expert's input."""
+
+    expert: torch.Tensor  # [N], int64
+    score: torch.Tensor  # [N, 1]
+
+    def rows(self, expert: int) -> torch.Tensor:
+        """The indices of the tokens routed to `expert`."""
+        return torch.nonzero(self.expert == expert).squeeze(1)
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root mean square norm over the last dimension, computed in F32."""
+    return _normalized(hidden, eps) * weight
+
+
+def _normalized(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+    exact = hidden.float()
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+
+
+def decoder_layer(
+    config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
+) -> tuple[torch.Tensor, Routing | None]:
+    """Hidden states `[S, T, D]` through one layer; with the routing of an expert layer."""
+    hidden = hidden + layer.o(attention(config, layer, hidden))
+    normed = feed_forward_input(config, layer, hidden)
+    if isinstance(layer.feed_forward, Mlp):
+        return hidden + layer.feed_forward(normed).view_as(hidden), None
+    routing = route(layer.feed_forward, normed)
+    return hidden + experts(layer.feed_forward, normed, routing).view_as(hidden), routing
+
+
+def feed_forward_input(
+    config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
+) -> torch.Tensor:
+    """What the router, the experts or the dense feed-forward see: `[S, T, D]` -> `[S*T, D]`."""
+    return rms_norm(hidden, layer.post_norm, config.rms_eps).flatten(0, -2)
+
+
+def attention(config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+    """What `o` is applied to: `[S, T, D]` -> `[S, T, H * head_dim]`."""
+    normed = rms_norm(hidden, layer.input_norm, config.rms_eps)
+    q = (normed @ layer.q).unflatten(-1, (config.num_heads, config.head_dim))
+    k = (normed @ layer.k).unflatten(-1, (config.num_kv_heads, config.head_dim))
+    v = (normed @ layer.v).unflatten(-1, (config.num_kv_heads, config.head_dim))
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    if layer.index in config.rope_layers:
+        angles = rotary_angles(config, positions)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if config.qk_norm:
+            q, k = _normalized(q, config.rms_eps), _normalized(k, config.rms_eps)
+    elif config.temperature_tuning:
+        q = (q * temperature(config, positions)[:, None, None]).to(q.dtype)
+    repeats = config.num_heads // config.num_kv_heads
+    k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+    if layer.index in config.chunked_layers:
+        return _chunked_attention(q, k, v, config.chunk_size)
+    return _causal_attention(q, k, v)
+
+
+def _chunked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """Each position sees those before it in its own chunk; the last chunk may be shorter."""
+    length = q.shape[1]
+    whole = length - length % chunk
+    parts = []
+    if whole:
+        folded = [x[:, :whole].unflatten(1, (-1, chunk)).flatten(0, 1) for x in (q, k, v)]
+        parts.append(_causal_attention(*folded).unflatten(0, (q.shape[0], -1)).flatten(1, 2))
+    if whole < length:
+        parts.append(_causal_attention(q[:, whole:], k[:, whole:], v[:, whole:]))
+    return torch.cat(parts, dim=1)
+
+
+def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`[S, T, H, head_dim]` each -> `[S, T, H * head_dim]`; the kernel builds no mask."""
+    mixed = functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+    )
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def temperature(config: ModelConfig, positions: torch.Tensor) -> torch.Tensor:
+    """The factor on queries of layers without positions, `[T]` F32 (arXiv 2501.19399)."""
+    steps = torch.floor((positions.float() + 1.0) / config.floor_scale)
+    return torch.log1p(steps) * config.attn_scale + 1.0
+
+
+def rotary_angles(config: ModelConfig, positions: torch.Tensor) -> torch.Tensor:
+    """Angles `[T, head_dim / 2]` in radians.
+
+    Source: transformers' `_compute_llama3_parameters`.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)
+    return positions.float()[:, None] * _scaled_frequencies(config, frequencies)
+
+
+def _scaled_frequencies(config: ModelConfig, frequencies: torch.Tensor) -> torch.Tensor:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    longest = scaling.original_max_position / scaling.low_freq_factor
+    shortest = scaling.original_max_position / scaling.high_freq_factor
+    slowed = torch.where(wavelengths > longest, frequencies / scaling.factor, frequencies)
+    if longest == shortest:  # Scout: no band in between
+        return slowed
+    weight = (scaling.original_max_position / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (1 - weight) * frequencies / scaling.factor + weight * frequencies
+    return torch.where((wavelengths >= shortest) & (wavelengths <= longest), between, slowed)
+
+
+def rotate(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of `[S, T, H, head_dim]` as complex numbers, in F32."""
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None, :]
+    return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
+
+
+def route(moe: Moe, inputs: torch.Tensor) -> Routing:
+    """Top-1 routing of `[N, D]`: the arg max expert and the sigmoid of its logit."""
+    best, expert = (inputs @ moe.router).max(dim=-1)
+    return Routing(expert, torch.sigmoid(best.float()).to(inputs.dtype)[:, None])
+
+
+def experts(moe: Moe, inputs: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The shared expert on all rows of `[N, D]` plus each row's own expert on its scaled row."""
+    out = moe.shared(inputs)
+    for number, expert in enumerate(moe.experts):
+        rows = routing.rows(number)
+        if len(rows):
+            out[rows] += expert(inputs[rows] * routing.score[rows])
+    return out
+
+
+def logits(config: ModelConfig, head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """Scores of the next token, `[N, D]` -> `[N, vocabulary]`."""
+    return rms_norm(hidden, head.norm, config.rms_eps) @ head.output

@@ -1,0 +1,65 @@
+"""The codes on disk: one QuantizedWeight <-> the tensors that compressed-tensors names for it.
+
+Names, dtypes and shapes are those of compressed-tensors' `pack-quantized` (INT) and
+`float-quantized` (FP8) formats, stored `[O, I]`. See docs/format.md. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .checkpoint import Checkpoint
+from .errors import UserError
+from .schemes import FLOAT8, Kind, QuantizedWeight, Scheme
+
+
+def pack(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of module `name` on disk, as (tensor name, tensor) pairs."""
+    if weight.scheme.kind is Kind.FLOAT8:
+        yield f"{name}.weight", weight.codes.T.contiguous()
+        yield f"{name}.weight_scale", weight.scales.T.contiguous()
+        return
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    inputs, outputs = weight.codes.shape
+    yield f"{name}.weight_packed", pack_to_int32(weight.codes.T.contiguous(), weight.scheme.bits)
+    yield f"{name}.weight_scale", weight.scales.T.contiguous()
+    yield f"{name}.weight_shape", torch.tensor([outputs, inputs], dtype=torch.int64)
+
+
+def is_quantized(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether module `name` is stored as codes and scales."""
+    return f"{name}.weight_scale" in checkpoint
+
+
+def unpack(checkpoint: Checkpoint, name: str) -> QuantizedWeight:
+    """Module `name` back from disk. The scheme follows from the shapes.
+
+    Raises UserError for a layout other than the two that this file writes.
+    """
+    scale = checkpoint.get(f"{name}.weight_scale")
+    if f"{name}.weight_packed" not in checkpoint:
+        return _unpack_float8(checkpoint, name, scale)
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    if f"{name}.weight_zero_point" in checkpoint or f"{name}.weight_g_idx" in checkpoint:
+        raise UserError(f"{name}: zero points or g_idx stored; only symmetric INT weights are read")
+    packed = checkpoint.get(f"{name}.weight_packed")
+    outputs, inputs = (int(size) for size in checkpoint.get(f"{name}.weight_shape"))
+    bits = packed.shape[1] * 32 // inputs
+    group = inputs // scale.shape[1]
+    scheme = Scheme(f"int{bits}-g{group}", Kind.INT, bits, group)
+    codes = unpack_from_int32(packed, bits, torch.Size((outputs, inputs)))
+    return QuantizedWeight(scheme, codes.T, scale.T)
+
+
+def _unpack_float8(checkpoint: Checkpoint, name: str, scale: torch.Tensor) -> QuantizedWeight:
+    codes = checkpoint.get(f"{name}.weight")
+    if codes.dtype != FLOAT8 or tuple(scale.shape) != (codes.shape[0], 1):
+        raise UserError(
+            f"{name}: {codes.dtype} codes with scales {tuple(scale.shape)}; "
+            f"only E4M3 with one scale an output is read"
+        )
+    return QuantizedWeight(Scheme("fp8", Kind.FLOAT8, 8), codes.T, scale.T.float())

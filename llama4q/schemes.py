@@ -1,0 +1,152 @@
+"""How one weight matrix is stored: its scheme, the grid of its codes, and round-to-nearest.
+
+Weights here are in-major, `[I, O]`: a row holds what one input feature sends to every output, the
+layout in which Llama 4 stores its experts. Knows nothing of models, names or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from .errors import UserError
+
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
+
+
+class Kind(Enum):
+    """What a code is."""
+
+    INT = "int"  # symmetric integers, one BF16 scale for each group of inputs and output
+    FLOAT8 = "float8"  # E4M3, one F32 scale an output; activations E4M3, one scale a token
+    BF16 = "bf16"  # as in the source
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight matrix is stored. `group` counts inputs that share a scale."""
+
+    name: str
+    kind: Kind
+    bits: int
+    group: int | None = None
+
+    @property
+    def code_min(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def quantizes(self) -> bool:
+        return self.kind is not Kind.BF16
+
+    def stored_bytes(self, inputs: int, outputs: int) -> int:
+        """Bytes on disk of an `[inputs, outputs]` matrix: codes, scales and `weight_shape`."""
+        if self.kind is Kind.BF16:
+            return 2 * inputs * outputs
+        if self.kind is Kind.FLOAT8:
+            return inputs * outputs + 4 * outputs
+        assert self.group is not None
+        words = -(-inputs * self.bits // 32)
+        return 4 * words * outputs + 2 * (inputs // self.group) * outputs + 16
+
+
+BF16 = Scheme("bf16", Kind.BF16, 16)
+FP8 = Scheme("fp8", Kind.FLOAT8, 8)
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        BF16,
+        FP8,
+        Scheme("int4", Kind.INT, 4, 128),
+        Scheme("int4-g64", Kind.INT, 4, 64),
+        Scheme("int4-g32", Kind.INT, 4, 32),
+        Scheme("int8", Kind.INT, 8, 128),
+    )
+}
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes `[I, O]` (int8 or E4M3) and scales: `[I/group, O]` BF16, or `[1, O]` F32 for FP8."""
+
+    scheme: Scheme
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight that an engine multiplies with, `[I, O]`: BF16 for INT, F32 for FP8.
+
+        INT engines round code times scale to the model's BF16; FP8 engines scale the F32 sums.
+        """
+        if self.scheme.kind is Kind.FLOAT8:
+            return self.codes.float() * self.scales
+        inputs, outputs = self.codes.shape
+        grouped = self.codes.reshape(self.scales.shape[0], -1, outputs).to(torch.bfloat16)
+        return (grouped * self.scales.to(torch.bfloat16)[:, None, :]).view(inputs, outputs)
+
+
+def check_shape(scheme: Scheme, inputs: int, name: str) -> None:
+    """Raises UserError when `inputs` is no multiple of the scheme's group."""
+    if scheme.group and inputs % scheme.group:
+        raise UserError(
+            f"{name}: {inputs} inputs are no multiple of the group size {scheme.group} "
+            f"of scheme {scheme.name}; choose a scheme with smaller groups"
+        )
+
+
+def absmax_scales(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The scales at which no weight is clipped, F32 `[I/group, O]` (FP8: `[1, O]`).
+
+    INT scales divide by (code_max - code_min) / 2, as compressed-tensors' min-max observer does.
+    """
+    inputs, outputs = weight.shape
+    group = scheme.group or inputs
+    largest = weight.float().view(inputs // group, group, outputs).abs().amax(dim=1)
+    if scheme.kind is Kind.FLOAT8:
+        return positive(largest / FLOAT8_MAX)
+    return positive(largest / ((scheme.code_max - scheme.code_min) / 2))
+
+
+def positive(scales: torch.Tensor) -> torch.Tensor:
+    """Scales of all-zero groups become 1 (their codes are 0), so that none divides by zero."""
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Plain rounding of an in-major weight `[I, O]` with `absmax_scales`; needs no data."""
+    scales = absmax_scales(weight, scheme)
+    if scheme.kind is Kind.FLOAT8:
+        return QuantizedWeight(scheme, to_float8(weight.float() / scales), scales)
+    stored = storable(scales)
+    inputs, outputs = weight.shape
+    grouped = weight.float().view(stored.shape[0], -1, outputs)
+    codes = torch.round(grouped / stored.float()[:, None, :])
+    codes = codes.clamp_(scheme.code_min, scheme.code_max).to(torch.int8)
+    return QuantizedWeight(scheme, codes.view(inputs, outputs), stored)
+
+
+def storable(scales: torch.Tensor) -> torch.Tensor:
+    """INT scales as they are stored, BF16. Codes must be found against these, not the F32 ones."""
+    return positive(scales.to(torch.bfloat16))
+
+
+def to_float8(values: torch.Tensor) -> torch.Tensor:
+    """To E4M3, saturating: PyTorch's cast alone would turn large values into NaN."""
+    return values.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+
+
+def fake_float8_tokens(inputs: torch.Tensor) -> torch.Tensor:
+    """Activations as an FP8 engine sees them: one dynamic scale a row, `[..., I]` -> same shape.
+
+    Source: vLLM's dynamic per-token quantization; compressed-tensors' `strategy: token`.
+    """
+    rows = inputs.float()
+    scales = positive(rows.abs().amax(dim=-1, keepdim=True) / FLOAT8_MAX)
+    return (to_float8(rows / scales).float() * scales).to(inputs.dtype)

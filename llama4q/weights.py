@@ -1,0 +1,193 @@
+"""Which tensors make up a layer, in an original and in a quantized checkpoint alike.
+
+The source stores experts fused and in-major (`gate_up_proj [E, D, 2F]`); quantized checkpoints
+store one linear an expert, `[O, I]`. Both become the in-major `DecoderLayer` of `model`.
+Every floating-point tensor is checked to be finite. Knows nothing of calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .errors import UserError
+from .model import DecoderLayer, Head, Linear, Mlp, Moe
+from .packing import is_quantized, unpack
+from .schemes import Kind, fake_float8_tokens
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+
+class LayerReader:
+    """Reads layers of one checkpoint as `dtype`; a tensor that is missing, misshapen or not finite
+    raises UserError with its name."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.dtype = dtype
+
+    def layer(self, index: int) -> DecoderLayer:
+        config, prefix = self.config, self.config.layer_prefix(index)
+        width, heads = config.hidden_size, config.num_heads * config.head_dim
+        kv = config.num_kv_heads * config.head_dim
+        return DecoderLayer(
+            index=index,
+            input_norm=self.vector(f"{prefix}input_layernorm.weight", width),
+            q=self.linear(f"{prefix}self_attn.q_proj", width, heads).weight,
+            k=self.linear(f"{prefix}self_attn.k_proj", width, kv).weight,
+            v=self.linear(f"{prefix}self_attn.v_proj", width, kv).weight,
+            o=self.linear(f"{prefix}self_attn.o_proj", heads, width),
+            post_norm=self.vector(f"{prefix}post_attention_layernorm.weight", width),
+            feed_forward=self.feed_forward(index),
+        )
+
+    def feed_forward(self, index: int) -> Mlp | Moe:
+        prefix = f"{self.config.layer_prefix(index)}feed_forward"
+        if index not in self.config.moe_layers:
+            return self.mlp(prefix, self.config.dense_size)
+        width, count = self.config.hidden_size, self.config.num_experts
+        return Moe(
+            router=self.linear(f"{prefix}.router", width, count).weight,
+            experts=tuple(self.expert(index, number) for number in range(count)),
+            shared=self.mlp(f"{prefix}.shared_expert", self.config.expert_size),
+        )
+
+    def expert(self, index: int, number: int) -> Mlp:
+        """One routed expert, from the fused tensors or from its own."""
+        prefix = f"{self.config.layer_prefix(index)}feed_forward.experts"
+        fused = f"{prefix}.gate_up_proj"
+        if fused not in self.checkpoint:
+            return self.mlp(f"{prefix}.{number}", self.config.expert_size)
+        count, width, size = (
+            self.config.num_experts,
+            self.config.hidden_size,
+            self.config.expert_size,
+        )
+        self._check_shape(fused, (count, width, 2 * size))
+        self._check_shape(f"{prefix}.down_proj", (count, size, width))
+        return Mlp(
+            Linear(self._cast(fused, self.checkpoint.get_row(fused, number))),
+            Linear(
+                self._cast(
+                    f"{prefix}.down_proj", self.checkpoint.get_row(f"{prefix}.down_proj", number)
+                )
+            ),
+        )
+
+    def mlp(self, prefix: str, size: int) -> Mlp:
+        """A gated feed-forward stored as three linears."""
+        width = self.config.hidden_size
+        gate = self.linear(f"{prefix}.{GATE}", width, size)
+        up = self.linear(f"{prefix}.{UP}", width, size)
+        return Mlp(
+            Linear(torch.cat((gate.weight, up.weight), dim=1), gate.quantize_input),
+            self.linear(f"{prefix}.{DOWN}", size, width),
+        )
+
+    def linear(self, name: str, inputs: int, outputs: int) -> Linear:
+        """A linear `[O, I]` on disk, plain or quantized, as in-major `[I, O]`."""
+        if not is_quantized(self.checkpoint, name):
+            self._check_shape(f"{name}.weight", (outputs, inputs))
+            weight = self._cast(f"{name}.weight", self.checkpoint.get(f"{name}.weight"))
+            return Linear(weight.T)
+        stored = unpack(self.checkpoint, name)
+        if tuple(stored.codes.shape) != (inputs, outputs):
+            raise UserError(
+                f"{self.checkpoint.folder}: {name} has codes for {tuple(stored.codes.shape)}, "
+                f"config.json says {(inputs, outputs)}"
+            )
+        weight = self._cast(f"{name}.weight_scale", stored.dequantize())
+        return Linear(weight, fake_float8_tokens if stored.scheme.kind is Kind.FLOAT8 else None)
+
+    def embedding(self) -> torch.Tensor:
+        """`[vocabulary, D]`."""
+        name = f"{self.config.prefix}model.embed_tokens.weight"
+        self._check_shape(name, (self.config.vocab_size, self.config.hidden_size))
+        return self._cast(name, self.checkpoint.get(name))
+
+    def head(self) -> Head:
+        norm = self.vector(f"{self.config.prefix}model.norm.weight", self.config.hidden_size)
+        if self.config.tied_embeddings:
+            return Head(norm, self.embedding().T)
+        name = f"{self.config.prefix}lm_head"
+        return Head(norm, self.linear(name, self.config.hidden_size, self.config.vocab_size).weight)
+
+    def vector(self, name: str, size: int) -> torch.Tensor:
+        self._check_shape(name, (size,))
+        return self._cast(name, self.checkpoint.get(name))
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self.checkpoint.info(name).shape
+        if found != shape:
+            raise UserError(
+                f"{self.checkpoint.folder}: {name} has shape {found}, config.json says {shape}"
+            )
+
+    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        check_finite(name, tensor)
+        return tensor.to(self.dtype)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises UserError with the tensor's name when it holds NaN or Inf."""
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise UserError(
+            f"tensor {name} holds {bad} values that are NaN or Inf; download the checkpoint again"
+        )
+
+
+class Component(Enum):
+    """The parts of a decoder layer that a recipe names; everything else stays as it is."""
+
+    EXPERTS = "experts"
+    SHARED_EXPERT = "shared_expert"
+    DENSE = "dense"
+    O_PROJ = "o_proj"
+
+
+@dataclass(frozen=True)
+class LinearName:
+    """One quantizable linear as the quantized checkpoint names it."""
+
+    component: Component
+    name: str
+    inputs: int
+    outputs: int
+
+
+def linears(config: ModelConfig, index: int) -> Iterator[LinearName]:
+    """The quantizable linears of layer `index`, experts unfused."""
+    prefix = config.layer_prefix(index)
+    heads = config.num_heads * config.head_dim
+    yield LinearName(Component.O_PROJ, f"{prefix}self_attn.o_proj", heads, config.hidden_size)
+    if index not in config.moe_layers:
+        yield from _mlp_linears(
+            Component.DENSE, f"{prefix}feed_forward", config.hidden_size, config.dense_size
+        )
+        return
+    shared = f"{prefix}feed_forward.shared_expert"
+    yield from _mlp_linears(Component.SHARED_EXPERT, shared, config.hidden_size, config.expert_size)
+    for expert in range(config.num_experts):
+        name = f"{prefix}feed_forward.experts.{expert}"
+        yield from _mlp_linears(Component.EXPERTS, name, config.hidden_size, config.expert_size)
+
+
+def _mlp_linears(component: Component, prefix: str, width: int, size: int) -> Iterator[LinearName]:
+    yield LinearName(component, f"{prefix}.{GATE}", width, size)
+    yield LinearName(component, f"{prefix}.{UP}", width, size)
+    yield LinearName(component, f"{prefix}.{DOWN}", size, width)
+
+
+def layer_of(config: ModelConfig, name: str) -> int | None:
+    """The decoder layer that tensor `name` belongs to, None for embeddings, head and vision."""
+    start = f"{config.prefix}model.layers."
+    if not name.startswith(start):
+        return None
+    return int(name[len(start) :].split(".", 1)[0])

@@ -1,0 +1,1 @@
+"""Tests; each names the authority it compares with."""
