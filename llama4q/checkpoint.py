@@ -206,62 +206,78 @@ class CheckpointWriter:
     def write(
         self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]], memory: Mapping[str, Any]
     ) -> Unit:
-        """Write the unit's tensors in shards of at most MAX_SHARD_BYTES, then its record."""
+        """Write the unit's tensors, then its record."""
+        return self.record(unit, self.write_files(unit, tensors), memory)
+
+    def write_files(self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+        """Write tensors in shards of at most MAX_SHARD_BYTES; their SHA-256 by file name.
+
+        They don't count before `record`.
+        """
         with writing(self.folder):
             files: dict[str, str] = {}
             for number, shard in enumerate(_shards(tensors)):
                 name = f"{unit}.{number:03d}.safetensors"
                 temporary = self.work / f"{name}.tmp"
                 save_file(shard, str(temporary), metadata={"format": "pt"})
-                _sync(temporary)
+                _settle(temporary)
                 files[name] = sha256(temporary)
                 os.replace(temporary, self.work / name)
-            write_atomically(
-                self.work / f"{unit}.json", to_json({"files": files, "memory": memory})
-            )
-            return Unit(files, dict(memory))
+            return files
 
-    def finish(self, units: Iterable[str], side_files: Mapping[str, bytes]) -> None:
-        """Final shard names, side files, and last the index. Repeating it after a kill is safe."""
+    def record(self, unit: str, files: Mapping[str, str], memory: Mapping[str, Any]) -> Unit:
+        """The record that makes `files` count as `unit`."""
         with writing(self.folder):
-            parts = [name for unit in units for name in self._recorded(unit)]
-            weight_map: dict[str, str] = {}
-            total = 0
-            for number, part in enumerate(parts, start=1):
-                final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-                if (self.work / part).exists():
-                    os.replace(self.work / part, self.folder / final)
-                for name, info in _shard_infos(self.folder, final).items():
-                    weight_map[name] = final
-                    total += info.nbytes
-            # config.json comes late: some engines load any folder with a config and shards.
-            for name in sorted(side_files, key=lambda name: name == "config.json"):
-                write_atomically(self.folder / name, side_files[name])
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            write_atomically(self.folder / INDEX, to_json(index))
-            shutil.rmtree(self.work)
-
-    def finishing(self, units: Iterable[str]) -> bool:
-        """Whether a run was killed inside `finish`: all units recorded, some files moved."""
-        recorded = [self.work / f"{unit}.json" for unit in units]
-        if not all(path.exists() for path in recorded):
-            return False
-        return any(self.folder.glob("model-*-of-*.safetensors"))
+            content = to_json({"files": files, "memory": memory})
+            write_atomically(self.work / f"{unit}.json", content)
+        return Unit(files, memory)
 
     def recorded(self, unit: str) -> Unit:
         """A unit's record without checking its files."""
         raw = json.loads((self.work / f"{unit}.json").read_bytes())
         return Unit(raw["files"], raw["memory"])
 
-    def _recorded(self, unit: str) -> list[str]:
-        return list(self.recorded(unit).files)
+    def read_back(self, files: Iterable[str]) -> PartReader:
+        """What was written under these names."""
+        return PartReader(self.work, list(files))
 
-    def open_unit(self, unit: Unit) -> PartReader:
-        """Read back what a unit wrote."""
-        return PartReader(self.work, list(unit.files))
+    def finishing(self, units: Iterable[str]) -> bool:
+        """Whether a run was killed while finishing: all recorded, some shards under final names."""
+        if not all((self.work / f"{unit}.json").exists() for unit in units):
+            return False
+        return any(self.folder.glob("model-*-of-*.safetensors"))
+
+    def assemble(self, units: Iterable[str]) -> tuple[Checkpoint, dict[str, str]]:
+        """Give the shards their final names; returns them, and the SHA-256 recorded for each.
+
+        Repeating it after a kill is safe. The folder is no checkpoint before `publish`.
+        """
+        digests = {
+            part: digest for unit in units for part, digest in self.recorded(unit).files.items()
+        }
+        final: dict[str, str] = {}
+        with writing(self.folder):
+            for number, (part, digest) in enumerate(digests.items(), start=1):
+                shard = f"model-{number:05d}-of-{len(digests):05d}.safetensors"
+                if (self.work / part).exists():
+                    os.replace(self.work / part, self.folder / shard)
+                final[shard] = digest
+        return PartReader(self.folder, list(final)), final
+
+    def publish(self, written: Checkpoint, side_files: Mapping[str, bytes]) -> None:
+        """Side files, config.json, and last the index; then the work folder goes."""
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for info in written.infos.values())},
+            "weight_map": {name: written.infos[name].shard for name in sorted(written.infos)},
+        }
+        with writing(self.folder):
+            # config.json comes late: some engines load any folder with a config and shards.
+            for name in sorted(side_files, key=lambda name: name == "config.json"):
+                write_atomically(self.folder / name, side_files[name])
+            write_atomically(self.folder / INDEX, to_json(index))
+            # Without run.json no later run takes the remains for an unfinished one.
+            (self.work / "run.json").unlink()
+            shutil.rmtree(self.work)
 
 
 class PartReader(Checkpoint):
@@ -330,7 +346,11 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _sync(path: Path) -> None:
+def _settle(path: Path) -> None:
+    """Onto the disk, readable for whoever the user's umask lets read (safetensors: owner only)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

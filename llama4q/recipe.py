@@ -205,6 +205,24 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def adjusted(
+    recipe: Recipe,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    method: str | None = None,
+) -> Recipe:
+    """The recipe with the settings that were named on the command line; None leaves one alone."""
+    drawn = {"samples": samples, "length": length, "seed": seed}
+    given = {key: value for key, value in drawn.items() if value is not None}
+    calibration = dataclasses.replace(recipe.calibration, **given)
+    solver = recipe.solver
+    if method is not None:
+        solver = dataclasses.replace(solver, method=Method(method))
+    return dataclasses.replace(recipe, calibration=calibration, solver=solver)
+
+
 def planned(recipe: Recipe, config: ModelConfig, layer: int) -> list[tuple[LinearName, Scheme]]:
     """Each quantizable linear of a layer with the scheme that the recipe gives it."""
     return [

@@ -11,8 +11,6 @@ from enum import Enum
 
 import torch
 
-from .errors import UserError
-
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 
@@ -81,24 +79,12 @@ class QuantizedWeight:
     scales: torch.Tensor
 
     def dequantize(self) -> torch.Tensor:
-        """The weight that an engine multiplies with, `[I, O]`: BF16 for INT, F32 for FP8.
-
-        INT engines round code times scale to the model's BF16; FP8 engines scale the F32 sums.
-        """
+        """The weight that an engine multiplies with, F32 `[I, O]`; BF16 engines round it."""
         if self.scheme.kind is Kind.FLOAT8:
             return self.codes.float() * self.scales
         inputs, outputs = self.codes.shape
-        grouped = self.codes.reshape(self.scales.shape[0], -1, outputs).to(torch.bfloat16)
-        return (grouped * self.scales.to(torch.bfloat16)[:, None, :]).view(inputs, outputs)
-
-
-def check_shape(scheme: Scheme, inputs: int, name: str) -> None:
-    """Raises UserError when `inputs` is no multiple of the scheme's group."""
-    if scheme.group and inputs % scheme.group:
-        raise UserError(
-            f"{name}: {inputs} inputs are no multiple of the group size {scheme.group} "
-            f"of scheme {scheme.name}; choose a scheme with smaller groups"
-        )
+        grouped = self.codes.reshape(self.scales.shape[0], -1, outputs).float()
+        return (grouped * self.scales.float()[:, None, :]).view(inputs, outputs)
 
 
 def absmax_scales(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -31,8 +31,8 @@ class LayerObserver(Protocol):
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
         """Once for each layer, in order."""
 
-    def finish(self, head: Head) -> None:
-        """After the last layer."""
+    def finish(self, original: Head, quantized: Head) -> dict[str, Any]:
+        """After the last layer; what was seen, in JSON types."""
 
 
 def prefetched(load: Callable[[int], Item], indices: Sequence[int]) -> Iterator[Item]:

@@ -92,10 +92,10 @@ def test_better_than_rounding_and_each_option_helps() -> None:
         assert factor is not None
         scales = choose_scales(weight, factor.importance, scheme, points)
         return relative_error(
-            weight, solve(weight, factor, scales, scheme).dequantize().float(), hessian
+            weight, solve(weight, factor, scales, scheme).dequantize(), hessian
         )
 
-    rounding = round_to_nearest(weight, scheme).dequantize().float()
+    rounding = round_to_nearest(weight, scheme).dequantize()
     plain = loss(False, 1)
     assert plain < 0.7 * relative_error(weight, rounding, hessian)
     assert loss(True, 1) < 0.95 * plain
@@ -150,7 +150,7 @@ def test_shrinkage_generalises() -> None:
         factor = factorize(hessian, 0.003, act_order=True)
         assert factor is not None
         scales = choose_scales(weight, factor.importance, scheme, 20)
-        found = solve(weight, factor, scales, scheme).dequantize().float()
+        found = solve(weight, factor, scales, scheme).dequantize()
         return relative_error(weight, found, truth.matrix)
 
     own = measure([rows], 256)

@@ -1,0 +1,280 @@
+"""The streamed run: read a layer, find its codes, write it, run it again as written, go on.
+
+Two streams of hidden states travel: the original's, and the one that the written layers produce,
+which is what serving will see. A rerun checks the layers already written by hash, replays them (a
+forward pass, no solving) and goes on to the same bytes. Knows nothing of evaluation: an observer
+is shown every layer in both forms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llama4q import __version__
+from llama4q.checkpoint import Checkpoint, CheckpointWriter, refuse_foreign_files, to_json
+from llama4q.config import ModelConfig, read_config
+from llama4q.errors import UserError
+from llama4q.export import config_with, quantization_config, quantized_already, side_files
+from llama4q.model import DecoderLayer
+from llama4q.recipe import Recipe, check_recipe
+from llama4q.stream import LayerObserver, advance, embed, prefetched
+from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
+from llama4q.weights import LayerReader, layer_of
+
+from .layer import GroupReport, LayerQuantizer, Rescue
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+REST, EVIDENCE = "rest", "evidence"  # the units beside the layers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run depends on, beside the files of the source."""
+
+    source: Path
+    destination: Path
+    recipe: Recipe
+    tokens: torch.Tensor  # [S, T] calibration tokens
+    digest: str  # of the tokens
+    dtype: torch.dtype  # of activations and products
+
+
+class Progress(Protocol):
+    """Shows a person how far the run is."""
+
+    def start(self, groups: int) -> None: ...
+    def group(self, report: GroupReport) -> None: ...
+    def rescue(self, rescue: Rescue) -> None: ...
+    def replayed(self, index: int, groups: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to say; JSON types only."""
+
+    layers: list[dict[str, Any]]
+    rescues: list[dict[str, Any]]
+    evidence: dict[str, Any]
+    checked: dict[str, int]  # what verification counted
+    files: dict[str, str]  # final shard -> SHA-256
+    quantized_bytes: int
+    seconds: float
+
+
+def quantize(
+    job: Job,
+    observer: LayerObserver,
+    progress: Progress,
+    make_report: Callable[[Outcome], Mapping[str, Any]],
+) -> Mapping[str, Any]:
+    """Quantize `job.source` into `job.destination`; returns the report written beside it.
+
+    Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
+    """
+    return Run(job, observer, progress).execute(make_report)
+
+
+class Run:
+    """One run over the layers of a checkpoint."""
+
+    def __init__(self, job: Job, observer: LayerObserver, progress: Progress) -> None:
+        self.job = job
+        self.config = read_config(job.source)
+        refuse_early(job.source, job.destination, job.recipe, self.config)
+        self.source = Checkpoint(job.source)
+        self._check_disk()
+        self.writer = CheckpointWriter(job.destination, self._run_key())
+        self.observer = observer
+        self.progress = progress
+        self.layer_units = [f"layer-{index:05d}" for index in range(self.config.num_layers)]
+        self.units = [*self.layer_units, REST, EVIDENCE]
+
+    def execute(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
+        if not self.writer.finishing(self.units):
+            with torch.inference_mode():
+                self._stream()
+        return self._finish(make_report)
+
+    def _run_key(self) -> dict[str, Any]:
+        """Whatever the bytes depend on: a rerun with another key is another run."""
+        layout = {
+            name: [list(info.shape), str(info.dtype)] for name, info in self.source.infos.items()
+        }
+        config_bytes = (self.job.source / "config.json").read_bytes()
+        return {
+            "llama4q": __version__,
+            "source": hashlib.sha256(config_bytes + to_json(layout)).hexdigest(),
+            "recipe": self.job.recipe.to_json(),
+            "calibration tokens": self.job.digest,
+            "dtype": str(self.job.dtype).removeprefix("torch."),
+        }
+
+    def _check_disk(self) -> None:
+        """Raises UserError before anything is read when the result will not fit the disk."""
+        needed = predicted_bytes(self.source, self.config, self.job.recipe)
+        folder = self.job.destination
+        there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if needed > free + there:
+            raise UserError(
+                f"{folder}: the result needs {needed / 1e9:.1f} GB, the disk has "
+                f"{(free + there) / 1e9:.1f} GB free; free {(needed - free - there) / 1e9:.1f} GB "
+                f"or choose another disk"
+            )
+
+    def _stream(self) -> None:
+        """Write every unit; layers in order, both streams beside each other."""
+        original = LayerReader(Checkpoint(self.job.source), self.config, self.job.dtype)
+        self.progress.start(groups_in(self.config, self.job.recipe))
+        embedding = original.embedding()
+        plain = embed(embedding, [self.job.tokens])
+        served = list(plain)
+        self.observer.start(embedding)
+        del embedding
+        indices = range(self.config.num_layers)
+        for index, layer in zip(indices, prefetched(original.layer, indices), strict=True):
+            began = time.perf_counter()
+            unit = self.writer.done(self.layer_units[index])
+            if unit is not None:
+                self.progress.replayed(index, len(unit.memory["groups"]))
+                written = self._read_back(unit.files, index)
+                advance(self.config, layer, plain)
+                advance(self.config, written, served)
+            else:
+                written = self._new_layer(layer, plain, served, began)
+            self.observer.layer(layer, written)
+        self._write_rest()
+        if self.writer.done(EVIDENCE) is None:
+            head = original.head()  # not quantized, so it serves both
+            self.writer.write(EVIDENCE, [], self.observer.finish(head, head))
+
+    def _new_layer(
+        self,
+        layer: DecoderLayer,
+        plain: list[torch.Tensor],
+        served: list[torch.Tensor],
+        began: float,
+    ) -> DecoderLayer:
+        """Solve and write a layer, move both streams through it, and return it as written."""
+        index = layer.index
+        quantizer = LayerQuantizer(self.config, self.job.recipe, index, self.progress.group)
+        result = quantizer.quantize(layer, served)
+        for rescue in result.rescues:
+            self.progress.rescue(rescue)
+        tensors = [*self._kept(index), *result.tensors]
+        name = self.layer_units[index]
+        files = self.writer.write_files(name, tensors)
+        written = self._read_back(files, index)
+        advance(self.config, layer, plain)
+        advance(self.config, written, served)
+        memory = {
+            "layer": index,
+            "expert_tokens": result.expert_tokens,
+            "hidden_error": stream_error(plain, served),
+            "groups": [dataclasses.asdict(group) for group in result.groups],
+            "rescues": [dataclasses.asdict(rescue) for rescue in result.rescues],
+            "seconds": time.perf_counter() - began,
+        }
+        self.writer.record(name, files, memory)
+        return written
+
+    def _kept(self, index: int | None) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of a layer (None: of no layer) that are copied bit for bit."""
+        return [
+            (name, self.source.get(name))
+            for name in kept_tensors(self.source, self.config, self.job.recipe)
+            if layer_of(self.config, name) == index
+        ]
+
+    def _write_rest(self) -> None:
+        if self.writer.done(REST) is None:
+            names = [
+                name
+                for name in kept_tensors(self.source, self.config, self.job.recipe)
+                if layer_of(self.config, name) is None
+            ]
+            self.writer.write(REST, ((name, self.source.get(name)) for name in names), {})
+
+    def _read_back(self, files: Iterable[str], index: int) -> DecoderLayer:
+        """The layer as written, so that a resumed run computes with the same numbers."""
+        reader = LayerReader(self.writer.read_back(files), self.config, self.job.dtype)
+        return reader.layer(index)
+
+    def _finish(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Final names, verification, side files; the index, last of all, makes it a checkpoint."""
+        written, files = self.writer.assemble(self.units)
+        verify_files(self.job.destination, files)
+        checked = verify(written, self.source, self.config, self.job.recipe)
+        records = [dict(self.writer.recorded(unit).memory) for unit in self.layer_units]
+        rescues = [rescue for record in records for rescue in record.pop("rescues")]
+        seconds = sum(record.pop("seconds") for record in records)
+        report = make_report(
+            Outcome(
+                layers=records,
+                rescues=rescues,
+                evidence=dict(self.writer.recorded(EVIDENCE).memory),
+                checked=checked,
+                files=files,
+                quantized_bytes=sum(info.nbytes for info in written.infos.values()),
+                seconds=seconds,
+            )
+        )
+        quantization = quantization_config(self.job.recipe, self.config)
+        self.writer.publish(
+            written,
+            {
+                **side_files(self.job.source),
+                "report.json": to_json(report),
+                "config.json": config_with(self.job.source, quantization),
+            },
+        )
+        return report
+
+
+def refuse_early(source: Path, destination: Path, recipe: Recipe, config: ModelConfig) -> None:
+    """Raises UserError for what can be told before a tensor or a text is read."""
+    method = quantized_already(source)
+    if method is not None:
+        raise UserError(f"{source}: is quantized already ({method}); name the BF16 original")
+    check_recipe(recipe, config)
+    refuse_foreign_files(destination)
+    if recipe.calibration.length > config.max_positions:
+        raise UserError(
+            f"calibration sequences of {recipe.calibration.length} tokens, but the model reads at "
+            f"most {config.max_positions}; choose a smaller --length"
+        )
+
+
+def predicted_bytes(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:
+    """Bytes of the result's tensors, known before any tensor is read."""
+    kept = sum(source.info(name).nbytes for name in kept_tensors(source, config, recipe))
+    converted = sum(
+        dtype.itemsize * torch.Size(shape).numel()
+        for dtype, shape in converted_tensors(config, recipe).values()
+    )
+    return kept + converted
+
+
+def groups_in(config: ModelConfig, recipe: Recipe) -> int:
+    """How many weights or gate-up pairs the run will report."""
+    names = [name for name in converted_tensors(config, recipe) if name.endswith("_scale")]
+    return sum(".up_proj." not in name for name in names)
+
+
+def stream_error(plain: Sequence[torch.Tensor], served: Sequence[torch.Tensor]) -> float:
+    """|x - y|^2 / |x|^2 over all hidden states: how far the written layers have drifted."""
+    lost = total = 0.0
+    for original, quantized in zip(plain, served, strict=True):
+        lost += float((original.float() - quantized.float()).square().sum())
+        total += float(original.float().square().sum())
+    return lost / total

@@ -1,0 +1,460 @@
+"""The command line: parse, one call, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from llama4q import __version__
+from llama4q.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from calibrate.layer import GroupReport, Rescue
+    from calibrate.run import Outcome
+    from evals.evaluation import Questions
+    from llama4q.config import ModelConfig
+    from llama4q.hub import Source
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EVALUATION_SEED = 0  # of the needle prompts; part of what figures are compared by
+FIT_CONTEXT = 131072  # tokens; the context that a report's fit line speaks of
+GPU = "h100-80gb"
+
+
+class Commands(click.Group):
+    """Shows a user's mistake as one line with exit code 1; anything else keeps its traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+        except KeyboardInterrupt:
+            click.echo("\nStopped. Repeat the command to go on where it stopped.", err=True)
+        raise SystemExit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="llama4q")
+def main() -> None:
+    """Quantize Llama 4 expert by expert on a small host, and measure what it cost.
+
+    \b
+    llama4q inspect SOURCE              what it is and where its bytes are
+    llama4q quantize SOURCE DEST        write a quantized checkpoint with its evidence
+    llama4q fit DEST --gpu h100-80gb    will it fit, and up to which context
+    llama4q eval DEST --against SOURCE  measure the loss of any checkpoint
+    llama4q check DEST/report.json      a verdict for CI: exit code 0 or 1
+
+    SOURCE is a folder, a Hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct[@revision], or
+    'pocket', a small trained Llama 4 that comes with llama4q.
+    """
+
+
+def evaluation_options(command: Command) -> Command:
+    """The options that say what both models are measured on."""
+    for option in reversed(
+        (
+            click.option(
+                "--eval-text", metavar="TEXT", help="Text to measure on; as --calibration."
+            ),
+            click.option(
+                "--eval-windows", default=16, show_default=True, help="Windows of that text."
+            ),
+            click.option("--eval-length", default=2048, show_default=True, help="Tokens a window."),
+            click.option(
+                "--needle-lengths",
+                default="1024,4096",
+                show_default=True,
+                help="Lengths of the needle prompts in tokens; '' for none.",
+            ),
+            click.option(
+                "--needle-depths",
+                default="0,0.25,0.5,0.75,1",
+                show_default=True,
+                help="Where the needles stand; 0 is the start of the prompt, 1 its end.",
+            ),
+            click.option(
+                "--needles", default=2, show_default=True, help="Prompts for each length and depth."
+            ),
+            click.option(
+                "--dtype",
+                type=click.Choice(["bfloat16", "float32"]),
+                default="bfloat16",
+                show_default=True,
+                help="Arithmetic: bfloat16 as engines serve, float32 to compare methods.",
+            ),
+            click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("source", default="pocket")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(source: str, as_json: bool) -> None:
+    """Show the architecture of SOURCE and where its bytes are. Reads headers, no tensor."""
+    from llama4q.hub import resolve
+    from llama4q.inspect import inspect_checkpoint, render_summary
+
+    summary = inspect_checkpoint(resolve(source).folder)
+    click.echo(_json(summary.to_json()) if as_json else render_summary(summary))
+
+
+@main.command()
+@click.argument("source", required=False)
+@click.argument("destination", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--recipe", "-r", default="int4", show_default=True, metavar="NAME|FILE",
+    help="A shipped recipe (int4, int4-g32, int4-fp8, fp8, mixed) or a TOML file.",
+)  # fmt: skip
+@click.option(
+    "--calibration", "-c", metavar="TEXT",
+    help="Text to calibrate on: a .txt, .jsonl or .parquet file, a folder, or a Hub data set as "
+    "owner/name:config@split#column. Default: the text that comes with llama4q.",
+)  # fmt: skip
+@click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 128]")
+@click.option("--length", type=click.IntRange(2), help="Tokens a sequence.  [default: 2048]")
+@click.option("--seed", type=click.IntRange(0), help="Which sequences are drawn.  [default: 0]")
+@click.option(
+    "--method", type=click.Choice(["gptq", "rtn"]),
+    help="How INT codes are found; rtn rounds to nearest, to compare with.  [default: gptq]",
+)  # fmt: skip
+@click.option("--gpu", default=GPU, show_default=True, help="The device of the fit line.")
+@evaluation_options
+def quantize(
+    source: str | None,
+    destination: Path | None,
+    recipe: str,
+    calibration: str | None,
+    samples: int | None,
+    length: int | None,
+    seed: int | None,
+    method: str | None,
+    gpu: str,
+    dtype: str,
+    as_json: bool,
+    **measured_on: Any,
+) -> None:
+    """Quantize SOURCE into the folder DESTINATION and report what it cost.
+
+    One decoder layer is in memory at a time. A run that was stopped goes on where it was when the
+    command is repeated. Without SOURCE the pocket model that comes with llama4q is taken; without
+    DESTINATION the folder is named after source and recipe.
+
+    \b
+    llama4q quantize meta-llama/Llama-4-Scout-17B-16E-Instruct scout-int4 --recipe int4
+    llama4q quantize pocket out --samples 64 --length 1024
+    """
+    if source is None:
+        click.echo(
+            "No SOURCE named: quantizing the pocket Llama 4 that comes with llama4q.", err=True
+        )
+    from calibrate.data import calibration_tokens
+    from calibrate.run import DTYPES, Job, refuse_early
+    from calibrate.run import quantize as run
+    from evals.evaluation import Evaluation
+    from evals.report import render
+    from llama4q.config import read_config
+    from llama4q.hub import POCKET, resolve
+    from llama4q.recipe import adjusted, load_recipe
+    from llama4q.text import load_tokenizer, parse_source
+
+    chosen = adjusted(load_recipe(recipe), samples=samples, length=length, seed=seed, method=method)
+    original = resolve(source or POCKET)
+    config = read_config(original.folder)
+    folder = destination or Path(f"{Path(original.name).name}-{chosen.name}")
+    fit = _fit(config, gpu)
+    refuse_early(original.folder, folder, chosen, config)
+    tokenizer = load_tokenizer(original.folder)
+    settings = chosen.calibration
+    drawn = calibration_tokens(
+        parse_source(calibration), tokenizer,
+        samples=settings.samples, length=settings.length, seed=settings.seed,
+    )  # fmt: skip
+    questions = _questions(tokenizer, **measured_on)
+    job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype])
+
+    def report(outcome: Outcome) -> Mapping[str, Any]:
+        return {
+            **_provenance(original, folder),
+            "quantized": {"name": str(folder), "bytes": outcome.quantized_bytes},
+            "recipe": chosen.to_json(),
+            "calibration": {
+                "source": calibration or POCKET,
+                "samples": settings.samples,
+                "length": settings.length,
+                "seed": settings.seed,
+                "tokens": drawn.tokens.numel(),
+                "digest": drawn.digest,
+            },
+            "dtype": dtype,
+            "layers": outcome.layers,
+            "rescues": outcome.rescues,
+            "evidence": outcome.evidence,
+            "fit": fit(outcome.quantized_bytes),
+            "verified": outcome.checked,
+            "files": outcome.files,
+            "seconds": {"total": outcome.seconds},
+        }
+
+    with Bar("group") as bar:
+        finished = run(job, Evaluation(config, questions), bar, report)
+    click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
+
+
+@main.command("eval")
+@click.argument("quantized")
+@click.option("--against", required=True, metavar="SOURCE", help="The original; folder or Hub id.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report here."
+)
+@evaluation_options
+def evaluate(
+    quantized: str, against: str, out: Path | None, dtype: str, as_json: bool, **measured_on: Any
+) -> None:
+    """Compare the checkpoint QUANTIZED with the original, layer by layer in one pass.
+
+    Perplexity of both, divergence, routing agreement and needle retrieval, on the same tokens.
+    Neither model is ever in memory as a whole.
+    """
+    from calibrate.run import DTYPES
+    from evals.evaluation import compare
+    from evals.report import render
+    from llama4q.checkpoint import Checkpoint, to_json, write_atomically, writing
+    from llama4q.config import read_config
+    from llama4q.hub import resolve
+    from llama4q.text import load_tokenizer
+    from llama4q.weights import LayerReader
+
+    original, other = resolve(against), resolve(quantized)
+    readers = [
+        LayerReader(Checkpoint(side.folder), read_config(side.folder), DTYPES[dtype])
+        for side in (original, other)
+    ]
+    questions = _questions(load_tokenizer(original.folder), **measured_on)
+    with Bar("layer") as bar:
+        bar.start(readers[0].config.num_layers)
+        evidence = compare(readers[0], readers[1], questions, bar.step)
+    report = {
+        **_provenance(original, other.folder),
+        "quantized": {"name": other.name, "bytes": _nbytes(other)},
+        "dtype": dtype,
+        "evidence": evidence,
+    }
+    if out is not None:
+        with writing(out):
+            write_atomically(out, to_json(report))
+    click.echo(_json(report) if as_json else render(report))
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option(
+    "--gpu", default=GPU, show_default=True,
+    help="A known device, or the memory of any other as 80GB or 80GiB.",
+)  # fmt: skip
+@click.option("--context", default=8192, show_default=True, help="Tokens of one request.")
+@click.option(
+    "--kv", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True,
+    help="How the engine stores keys and values.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def fit(checkpoint: str, gpu: str, context: int, kv: str, as_json: bool) -> None:
+    """Say whether CHECKPOINT fits one GPU at a context, and the largest one that does.
+
+    Weights are counted from the files, the KV cache as vLLM lays it out. Exit code 0 when it fits,
+    1 when it does not.
+    """
+    from llama4q.config import read_config
+    from llama4q.hub import resolve
+    from llama4q.memory import KVDtype, Serving, find_device, make_plan
+    from llama4q.memory_table import render_plan
+
+    found = resolve(checkpoint)
+    serving = Serving(context, KVDtype(kv))
+    plan = make_plan(read_config(found.folder), _nbytes(found), find_device(gpu), serving)
+    click.echo(_json(plan.to_json()) if as_json else render_plan(plan))
+    sys.exit(0 if plan.fits else 1)
+
+
+@main.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option(
+    "--baseline", type=click.Path(path_type=Path),
+    help="An earlier report; no figure may be clearly worse than there.",
+)  # fmt: skip
+@click.option("--max-kl", "max_kl_mean", type=float, help="Mean KL, nats per token.")
+@click.option("--max-kl-p99", type=float, help="99th percentile of KL, nats per token.")
+@click.option("--min-top1", "min_top1_agreement", type=float, help="Same best token, 0 to 1.")
+@click.option("--max-perplexity-increase", type=float, help="Quantized / original - 1.")
+@click.option("--min-retrieval", type=float, help="Quantized / original share of exact answers.")
+@click.option("--min-routing", "min_routing_agreement", type=float, help="Worst layer, 0 to 1.")
+@click.option("--max-fallbacks", type=int, help="Tensors that were rounded to nearest.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(report: Path, baseline: Path | None, as_json: bool, **limits: float | None) -> None:
+    """Hold REPORT against limits or a baseline: exit code 0 when all hold, else 1.
+
+    Without options the default limits apply. With --baseline alone only the baseline counts.
+    """
+    import dataclasses
+
+    from evals.gate import DEFAULT_THRESHOLDS, Thresholds, load_report
+    from evals.gate import check as judge
+    from evals.report import render_verdict
+
+    named = any(limit is not None for limit in limits.values())
+    thresholds = Thresholds(**limits) if named or baseline else DEFAULT_THRESHOLDS  # type: ignore[arg-type]
+    before = load_report(baseline) if baseline else None
+    verdict = judge(load_report(report), thresholds, before)
+    if as_json:
+        click.echo(_json({"passed": verdict.passed, **dataclasses.asdict(verdict)}))
+    else:
+        click.echo(render_verdict(verdict))
+    sys.exit(0 if verdict.passed else 1)
+
+
+class Bar:
+    """A progress bar with ETA on stderr, and a line above it for each group that is done."""
+
+    def __init__(self, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=0, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=None)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def start(self, total: int) -> None:
+        self._bar.reset(total=total)
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def group(self, report: GroupReport) -> None:
+        error = "" if report.error is None else f"{report.error:8.2%}"
+        blend = f"  blended {report.shrinkage:.0%}" if report.shrinkage else ""
+        self._line(
+            f"{_short(report.name):40} {report.scheme:9}{report.tokens:9,} tokens  "
+            f"error {error:>8}{report.seconds:8.2f} s{blend}"
+        )
+        self._bar.update()
+
+    def rescue(self, rescue: Rescue) -> None:
+        self._line(f"{_short(rescue.tensor):40} {rescue.kind}: {rescue.detail}")
+
+    def replayed(self, index: int, groups: int) -> None:
+        self._line(f"layer {index} was written before: checked and replayed")
+        self._bar.update(groups)
+
+    def _line(self, text: str) -> None:
+        self._bar.write(text, file=sys.stderr)
+
+
+def _short(name: str) -> str:
+    """A tensor's name without what all of them share."""
+    return name.rpartition("model.layers.")[2].replace("feed_forward.", "")
+
+
+def _questions(
+    tokenizer: PreTrainedTokenizerBase,
+    eval_text: str | None,
+    eval_windows: int,
+    eval_length: int,
+    needle_lengths: str,
+    needle_depths: str,
+    needles: int,
+) -> Questions:
+    """What both models are measured on."""
+    from evals.evaluation import Questions
+    from evals.needle import needle_prompts
+    from llama4q.text import evaluation_tokens, parse_source
+
+    text = parse_source(eval_text)
+    windows = evaluation_tokens(text, tokenizer, windows=eval_windows, length=eval_length)
+
+    def encode(words: str) -> list[int]:
+        ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
+        return ids
+
+    try:
+        prompts = needle_prompts(
+            encode,
+            windows.tokens[:, 1:].flatten().tolist(),
+            bos=tokenizer.bos_token_id,
+            lengths=[int(length) for length in _listed(needle_lengths)],
+            depths=[float(depth) for depth in _listed(needle_depths)],
+            per_cell=needles,
+            seed=EVALUATION_SEED,
+        )
+    except ValueError as error:
+        raise UserError(f"needle prompts: {error}") from None
+    return Questions(windows.tokens, windows.digest, prompts, EVALUATION_SEED)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _fit(config: ModelConfig, gpu: str) -> Callable[[int], dict[str, Any]]:
+    """The report's fit line for weights of so many bytes."""
+    from llama4q.memory import Serving, find_device, make_plan
+
+    device = find_device(gpu)
+    serving = Serving(min(FIT_CONTEXT, config.max_positions))
+
+    def fit_line(weight_bytes: int) -> dict[str, Any]:
+        plan = make_plan(config, weight_bytes, device, serving)
+        return {
+            "device": device.name,
+            "context": serving.context,
+            "fits": plan.fits,
+            "largest_context": plan.largest_context,
+            "total_bytes": plan.total_bytes,
+            "usable_bytes": plan.usable_bytes,
+        }
+
+    return fit_line
+
+
+def _provenance(source: Source, folder: Path) -> dict[str, Any]:
+    """What made a report, and when."""
+    import datetime
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "datasets")
+    return {
+        "llama4q": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["llama4q", *sys.argv[1:]]),
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "bytes": _nbytes(source),
+        },
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _nbytes(source: Source) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    from llama4q.checkpoint import Checkpoint
+
+    return sum(info.nbytes for info in Checkpoint(source.folder).infos.values())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2)

@@ -1,0 +1,124 @@
+"""Looks at what was written, tensor by tensor, before a folder may call itself a checkpoint.
+
+Serving engines do not notice a missing expert or an unset scale. Knows nothing of calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint, sha256
+from .config import ModelConfig
+from .errors import UserError
+from .recipe import Recipe, planned
+from .schemes import FLOAT8, Kind, Scheme
+from .weights import layer_of
+
+Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def verify(
+    written: Checkpoint, source: Checkpoint, config: ModelConfig, recipe: Recipe
+) -> dict[str, int]:
+    """Raises UserError at the first tensor that is missing, unexpected, misshapen or damaged.
+
+    Checks every key, shape and dtype, that every scale is finite and above zero, and that each
+    tensor left alone has the source's very bits. Returns what was counted.
+    """
+    converted = converted_tensors(config, recipe)
+    kept = kept_tensors(source, config, recipe)
+    _check_names(written, {*converted, *kept})
+    scales = 0
+    for name, (dtype, shape) in converted.items():
+        info = written.info(name)
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise _damaged(
+                name, f"is {info.dtype} {info.shape}, expected {dtype} {shape}", written.folder
+            )
+        if name.endswith("_scale"):
+            scales += 1
+            scale = written.get(name).float()
+            if not (torch.isfinite(scale).all() and (scale > 0).all()):
+                raise _damaged(
+                    name, "holds scales that are not finite or not above 0", written.folder
+                )
+    for name in kept:
+        if not _same_bits(written.get(name), source.get(name)):
+            raise _damaged(name, "differs from the source", written.folder)
+    return {"tensors": len(converted) + len(kept), "scales": scales, "untouched": len(kept)}
+
+
+def converted_tensors(config: ModelConfig, recipe: Recipe) -> Expected:
+    """The tensors that replace the source's: quantized linears, and unfused BF16 experts."""
+    expected: Expected = {}
+    for index in range(config.num_layers):
+        for linear, scheme in planned(recipe, config, index):
+            if scheme.quantizes:
+                expected |= _stored(linear.name, linear.inputs, linear.outputs, scheme)
+            elif ".experts." in linear.name:
+                shape = (linear.outputs, linear.inputs)
+                expected[f"{linear.name}.weight"] = (torch.bfloat16, shape)
+    return expected
+
+
+def _stored(name: str, inputs: int, outputs: int, scheme: Scheme) -> Expected:
+    """Names, dtypes and shapes of one quantized linear (docs/format.md)."""
+    if scheme.kind is Kind.FLOAT8:
+        return {
+            f"{name}.weight": (FLOAT8, (outputs, inputs)),
+            f"{name}.weight_scale": (torch.float32, (outputs, 1)),
+        }
+    words, groups = -(-inputs * scheme.bits // 32), inputs // (scheme.group or inputs)
+    return {
+        f"{name}.weight_packed": (torch.int32, (outputs, words)),
+        f"{name}.weight_scale": (torch.bfloat16, (outputs, groups)),
+        f"{name}.weight_shape": (torch.int64, (2,)),
+    }
+
+
+def kept_tensors(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[str]:
+    """The source's tensors that are copied bit for bit."""
+    replaced = set()
+    for index in range(config.num_layers):
+        for linear, scheme in planned(recipe, config, index):
+            if scheme.quantizes:
+                replaced.add(f"{linear.name}.weight")
+    return [name for name in source.names() if name not in replaced and not _fused(config, name)]
+
+
+def _fused(config: ModelConfig, name: str) -> bool:
+    """Whether `name` is a routed expert's tensor, fused or not: those are written anew."""
+    return layer_of(config, name) is not None and ".feed_forward.experts." in name
+
+
+def verify_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raises UserError when a file's SHA-256 is not the recorded one."""
+    for name, digest in digests.items():
+        if sha256(folder / name) != digest:
+            raise _damaged(name, "changed after it was written", folder)
+
+
+def _check_names(written: Checkpoint, expected: set[str]) -> None:
+    missing = sorted(expected - set(written.names()))
+    unexpected = sorted(set(written.names()) - expected)
+    if missing:
+        raise _damaged(missing[0], f"and {len(missing) - 1} more are missing", written.folder)
+    if unexpected:
+        raise _damaged(
+            unexpected[0], f"and {len(unexpected) - 1} more are unexpected", written.folder
+        )
+
+
+def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (
+        ours.dtype == theirs.dtype
+        and ours.shape == theirs.shape
+        and torch.equal(ours.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8))
+    )
+
+
+def _damaged(name: str, what: str, folder: Path) -> UserError:
+    return UserError(f"{folder}: {name} {what}; the disk may be bad: delete the folder and repeat")

@@ -1,0 +1,199 @@
+"""The terminal table: every figure there, units with it, never wider than 100 characters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from evals.gate import DEFAULT_THRESHOLDS, check
+from evals.report import WIDTH, render, render_verdict
+
+EXPERT = "language_model.model.layers.0.feed_forward.experts.0.gate_up_proj"
+FULL: dict[str, Any] = {
+    "llama4q": "0.1.0",
+    "source": {"name": "o/scout", "revision": "4bd10c4d", "bytes": 217_000_000_000},
+    "quantized": {"name": "out", "bytes": 63_100_000_000},
+    "recipe": {"name": "int4"},
+    "calibration": {"source": "pocket", "samples": 128, "length": 512, "seed": 7},
+    "layers": [
+        {"layer": 1, "expert_tokens": [412, 100, 3000]},
+        {"layer": 2},
+        {"layer": 3, "expert_tokens": [0, 100, 65536, 0]},
+    ],
+    "rescues": [
+        {"tensor": EXPERT, "kind": "damping", "detail": "raised from 0.01 to 0.1 " * 5},
+        {"tensor": EXPERT.replace("0.gate", "5.gate"), "kind": "fallback"},
+    ],
+    "evidence": {
+        "likelihood": {
+            "tokens": 16384,
+            "original": {"perplexity": 9.1, "standard_error": 0.21},
+            "quantized": {"perplexity": 9.2, "standard_error": 0.22},
+            "kl_mean": 0.004,
+            "kl_standard_error": 0.0002,
+            "kl_p99": 0.05,
+            "top1_agreement": 0.97,
+            "units": "nats per token",
+        },
+        "routing": [{"layer": 1, "agreement": 0.99}, {"layer": 3, "agreement": 0.95}],
+        "retrieval": {
+            "prompts": 16,
+            "original": 1.0,
+            "quantized": 0.875,
+            "cells": [
+                {"length": 512, "depth": 0.0, "prompts": 4, "original": 1.0, "quantized": 1.0},
+                {"length": 512, "depth": 0.5, "prompts": 12, "original": 1.0, "quantized": 0.75},
+                {"length": 1024, "depth": 0.5, "prompts": 4, "original": 1.0, "quantized": 0.5},
+            ],
+        },
+    },
+    "fit": {
+        "device": "h100-80gb",
+        "context": 131072,
+        "fits": True,
+        "largest_context": 1000000,
+        "total_bytes": 71_000_000_000,
+        "usable_bytes": 73_600_000_000,
+    },
+    "seconds": {"total": 60.0},
+}
+
+
+def without(*path: str) -> dict[str, Any]:
+    report = copy.deepcopy(FULL)
+    found = report
+    for key in path[:-1]:
+        found = found[key]
+    del found[path[-1]]
+    return report
+
+
+def squeezed(text: str) -> list[str]:
+    """Lines with single spaces, so that tests don't depend on column widths."""
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "original o/scout at 4bd10c4d",
+        "calibration pocket, 128 samples of 512 tokens, seed 7",
+        "perplexity (16,384 tokens) 9.1000 ± 0.2100 9.2000 ± 0.2200 +0.1 (+1.1 %)",
+        "KL, mean (nats per token) 0.004 ± 0.0002",
+        "KL, 99th percentile (nats per token) 0.05",
+        "top-1 agreement (tokens) 97.00 %",
+        "routing agreement, worst layer (3) 95.00 %",
+        "routing agreement, mean of 2 layers 97.00 %",
+        "retrieval, exact match (16 prompts) 100.0 % 87.5 % -12.5 points",
+        "at 512 tokens 100.0 % 81.2 % -18.8 points",  # 4 and 12 prompts: (4 + 9) / 16
+        "at 1,024 tokens 100.0 % 50.0 % -50.0 points",
+        "size of the checkpoint 217.00 GB 63.10 GB 3.44 times smaller",
+        "0 % 100 → 100 -",
+        "50 % 100 → 75 100 → 50",
+        "1 3 1,170.7 100 (1) 3,000 (2)",
+        "3 4 16,409.0 0 (0) 65,536 (2)",
+        "no tokens in layer 3: experts 0, 3",
+        "rescues: 2",
+        f"fallback {EXPERT.replace('0.gate', '5.gate')}",
+        "took 60.0 s",
+    ],
+)
+def test_every_figure_is_there(line: str) -> None:
+    assert line in squeezed(render(FULL))
+
+
+def test_the_fit_is_told() -> None:
+    text = " ".join(render(FULL).split())
+    expected = "fits h100-80gb at 131,072 tokens of context: needs 71.00 GB of 73.60 GB"
+    assert f"{expected}; largest context 1,000,000 tokens" in text
+    no = {
+        **FULL,
+        "fit": {"device": "a100", "context": 8192, "fits": False, "largest_context": None},
+    }
+    assert "does not fit a100 at 8,192 tokens of context" in render(no)
+
+
+def test_columns_are_aligned() -> None:
+    """Figures of one column end at the same place."""
+    lines = render(FULL).splitlines()
+    ends = [
+        line.index(figure) + len(figure)
+        for line in lines
+        for figure in ("9.2000 ± 0.2200", "87.5 %", "63.10 GB")
+        if figure in line
+    ]
+    assert len(ends) == 3
+    assert len(set(ends)) == 1
+
+
+def test_no_line_is_wider_than_the_terminal() -> None:
+    wide = copy.deepcopy(FULL)
+    wide["evidence"]["likelihood"]["original"] = {"perplexity": 9.9e8, "standard_error": 999.9999}
+    wide["evidence"]["likelihood"]["quantized"] = {"perplexity": 999.9999, "standard_error": 9e9}
+    wide["evidence"]["retrieval"]["cells"] = [
+        {"length": 2**n, "depth": depth / 10, "prompts": 4, "original": 1.0, "quantized": 1.0}
+        for n in range(8, 24)
+        for depth in range(11)
+    ]
+    wide["layers"] = [{"layer": 0, "expert_tokens": [0] * 128 + [10**9]}]
+    wide["source"]["name"] = "/a/folder/with" + "/a/very/long/name" * 10
+    text = render(wide)
+    assert max(len(line) for line in text.splitlines()) <= WIDTH
+    assert text.count("8,388,608") == 2  # the longest of 16 lengths: by length, by depth
+    verdict = render_verdict(check(wide, DEFAULT_THRESHOLDS, FULL))
+    assert max(len(line) for line in verdict.splitlines()) <= WIDTH
+
+
+def test_one_depth_needs_no_table_of_depths() -> None:
+    report = copy.deepcopy(FULL)
+    del report["evidence"]["retrieval"]["cells"][0]
+    assert "depth" not in render(report)
+
+
+def test_no_rescue_is_said() -> None:
+    assert "rescues: none" in squeezed(render({**FULL, "rescues": []}))
+    assert "rescues" not in render(without("rescues"))
+
+
+def test_small_checkpoints_are_in_megabytes() -> None:
+    small = {"source": {"bytes": 12_300_000}, "quantized": {"bytes": 4_560_000}}
+    assert "size of the checkpoint 12.30 MB 4.56 MB 2.70 times smaller" in squeezed(render(small))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *((key,) for key in FULL),
+        *(("evidence", key) for key in FULL["evidence"]),
+        *(("evidence", "likelihood", key) for key in FULL["evidence"]["likelihood"]),
+        *(("evidence", "retrieval", key) for key in FULL["evidence"]["retrieval"]),
+        *(("fit", key) for key in FULL["fit"]),
+        ("source", "revision"),
+        ("source", "bytes"),
+        ("calibration", "seed"),
+        ("evidence", "likelihood", "original", "standard_error"),
+    ],
+)
+def test_anything_may_be_missing(path: tuple[str, ...]) -> None:
+    text = render(without(*path))
+    assert "None" not in text
+    if path[0] == "evidence" and len(path) < 3:
+        missing = path[1:] or ("likelihood, routing, retrieval",)
+        assert f"not measured: {missing[0]}" in text
+
+
+def test_an_empty_report_names_what_was_not_measured() -> None:
+    assert render({"llama4q": "0.1.0"}) == "not measured: likelihood, routing, retrieval"
+
+
+def test_a_verdict_is_a_table_and_an_answer() -> None:
+    lines = squeezed(render_verdict(check(without("evidence", "retrieval"), DEFAULT_THRESHOLDS)))
+    assert lines[0] == "check value limit verdict"
+    assert "KL divergence, mean (nats per token) 0.004 ≤ 0.05 pass" in lines
+    assert "retrieval (quantized / original) no evidence ≥ 0.95 FAIL" in lines
+    assert lines[-1] == "failed: 1 of 6"
+    healthy = copy.deepcopy(FULL)
+    healthy["evidence"]["retrieval"]["quantized"] = 1.0
+    assert render_verdict(check(healthy, DEFAULT_THRESHOLDS)).endswith("\n\npassed: all 6")
