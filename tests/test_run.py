@@ -1,0 +1,158 @@
+"""The quantize run: what it writes, counts and says, and that every solver setting matters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibrate.hessian import Hessian
+from calibrate.run import predicted_bytes
+from llama4q.checkpoint import INDEX, Checkpoint
+from llama4q.config import read_config
+from llama4q.recipe import Calibration, Method, Recipe, Solver, load_recipe
+from llama4q.stream import advance, embed
+from llama4q.weights import LayerReader
+
+from . import runs, tiny
+
+SMALL = tiny.Variant(layers=2, rope_scaling=tiny.SCOUT_ROPE)
+
+
+def with_solver(**settings: Any) -> Recipe:
+    return dataclasses.replace(load_recipe("int4"), solver=Solver(**settings))
+
+
+def all_bytes(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4-fp8", "mixed"])
+@pytest.mark.parametrize("kind", [tiny.SCOUT, tiny.MAVERICK, tiny.GUARD])
+def test_what_is_written_and_counted(kind: tiny.Variant, recipe: str, tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", kind)
+    progress = runs.Quiet()
+    report = runs.run(source, tmp_path / "out", recipe, progress=progress)
+    config, written = read_config(source), Checkpoint(tmp_path / "out")
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    counted = sum(info.nbytes for info in written.infos.values())
+    assert report["quantized_bytes"] == counted
+    assert counted == predicted_bytes(Checkpoint(source), config, load_recipe(recipe))
+    assert counted < size < counted + 200_000  # headers
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == counted
+    assert len(progress.groups) == progress.total
+    for record in report["layers"]:
+        assert sum(record["expert_tokens"]) == (4 * 96 if record["expert_tokens"] else 0)
+        assert bool(record["expert_tokens"]) == (record["layer"] in config.moe_layers)
+        assert 0 < record["hidden_error"] < 0.5
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
+        source / "generation_config.json"
+    ).read_bytes()
+
+
+def test_expert_tokens_against_transformers(tmp_path: Path) -> None:
+    """In the first layer both streams are the original's, so its router must agree."""
+    source = tiny.write(tmp_path / "source", SMALL)
+    calibration = runs.tokens(source, 4, 96, seed=7)
+    report = runs.run(source, tmp_path / "out", calibration=calibration)
+    model = tiny.transformers_model(source)
+    with torch.inference_mode():
+        scores = model.model.language_model if hasattr(model, "model") else model.language_model
+        routed = scores(input_ids=calibration, output_router_logits=True).router_logits[0]
+    counts = routed.argmax(-1).flatten().bincount(minlength=SMALL.experts)
+    assert report["layers"][0]["expert_tokens"] == counts.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": Method.RTN},
+        {"damping": 0.3},
+        {"act_order": False},
+        {"scale_points": 1},
+        {"shrinkage": False},
+    ],
+)
+def test_each_setting_changes_the_codes(settings: dict[str, Any], tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", SMALL)
+    runs.run(source, tmp_path / "default", with_solver())
+    runs.run(source, tmp_path / "other", with_solver(**settings))
+    assert all_bytes(tmp_path / "default") != all_bytes(tmp_path / "other")
+
+
+def test_gptq_has_lower_error_than_rounding_at_the_same_bytes(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", SMALL)
+    calibration = runs.tokens(source, 16, 128, seed=7)
+    gptq = runs.run(source, tmp_path / "gptq", with_solver(), calibration)
+    rtn = runs.run(source, tmp_path / "rtn", with_solver(method=Method.RTN), calibration)
+    assert gptq["quantized_bytes"] == rtn["quantized_bytes"]
+    for ours, theirs in zip(gptq["layers"], rtn["layers"], strict=True):
+        for group, rounded in zip(ours["groups"], theirs["groups"], strict=True):
+            assert group["error"] < 0.8 * rounded["error"], group["name"]
+    kl = [report["evidence"]["likelihood"]["kl_mean"] for report in (gptq, rtn)]
+    assert kl[0] < 0.8 * kl[1]
+
+
+def test_an_expert_without_tokens_is_named_and_not_zeroed(tmp_path: Path) -> None:
+    """Three different tokens cannot reach four experts."""
+    source = tiny.write(tmp_path / "source", SMALL)
+    progress = runs.Quiet()
+    calibration = runs.tokens(source, 1, 3, seed=1)
+    report = runs.run(source, tmp_path / "out", "int4", calibration, progress)
+    counts = report["layers"][0]["expert_tokens"]
+    assert min(counts) == 0
+    starved = f"layers.0.feed_forward.experts.{counts.index(0)}."
+    rescued = [rescue for rescue in report["rescues"] if starved in rescue["tensor"]]
+    assert [rescue["kind"] for rescue in rescued] == ["no tokens", "no tokens"]
+    assert [dataclasses.asdict(rescue) for rescue in progress.rescues] == report["rescues"]
+    config = read_config(source)
+    reader = LayerReader(Checkpoint(tmp_path / "out"), config, torch.float32)
+    original = LayerReader(Checkpoint(source), config, torch.float32)
+    found = reader.expert(0, counts.index(0)).down.weight
+    wanted = original.expert(0, counts.index(0)).down.weight
+    assert (found - wanted).norm() < 0.2 * wanted.norm()
+
+
+def test_a_hessian_that_never_factors_falls_back_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny.write(tmp_path / "source", SMALL)
+
+    def indefinite(batches: Any, inputs: int) -> Hessian:
+        return Hessian(torch.diag(torch.tensor([100.0, -99.0] * (inputs // 2))), 5)
+
+    monkeypatch.setattr("calibrate.layer.measure", indefinite)
+    report = runs.run(source, tmp_path / "out", with_solver(shrinkage=False))
+    assert {rescue["kind"] for rescue in report["rescues"]} == {"fallback"}
+    assert len(report["rescues"]) == sum(len(record["groups"]) for record in report["layers"])
+    monkeypatch.undo()
+    runs.run(source, tmp_path / "rtn", with_solver(method=Method.RTN))
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "rtn")
+
+
+def test_hidden_error_against_the_streams_themselves(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", SMALL)
+    calibration = runs.tokens(source, 2, 80, seed=2)
+    report = runs.run(source, tmp_path / "out", "int4", calibration)
+    config = read_config(source)
+    hidden = []
+    with torch.inference_mode():
+        for folder in (source, tmp_path / "out"):
+            reader = LayerReader(Checkpoint(folder), config, torch.float32)
+            batches = embed(reader.embedding(), [calibration])
+            advance(config, reader.layer(0), batches)
+            hidden.append(batches[0].double())
+    expected = (hidden[0] - hidden[1]).square().sum() / hidden[0].square().sum()
+    assert report["layers"][0]["hidden_error"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_defaults_are_those_of_the_issue() -> None:
+    """Recipes leave out what they do not change; the defaults live in one place."""
+    for name in ("int4", "mixed"):
+        assert load_recipe(name).calibration == Calibration()
+        assert load_recipe(name).solver == Solver()
