@@ -27,6 +27,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 EVALUATION_SEED = 0  # of the needle prompts; part of what figures are compared by
 FIT_CONTEXT = 131072  # tokens; the context that a report's fit line speaks of
 GPU = "h100-80gb"
+UNITS = {
+    "bytes": "of all tensors",
+    "tokens": "calibration tokens that reached an expert or a weight",
+    "error": "|X (W - Q)|^2 / |X W|^2 on calibration rows",
+    "hidden_error": "|x - y|^2 / |x|^2 of the hidden states after the layer",
+    "shrinkage": "share of the Hessian of all tokens, 0 to 1",
+    "damping": "of the Hessian's mean diagonal",
+    "seconds": "wall time",
+}
 
 
 class Commands(click.Group):
@@ -67,9 +76,19 @@ def evaluation_options(command: Command) -> Command:
                 "--eval-text", metavar="TEXT", help="Text to measure on; as --calibration."
             ),
             click.option(
-                "--eval-windows", default=16, show_default=True, help="Windows of that text."
+                "--eval-windows",
+                default=16,
+                show_default=True,
+                type=click.IntRange(1),
+                help="Windows of that text.",
             ),
-            click.option("--eval-length", default=2048, show_default=True, help="Tokens a window."),
+            click.option(
+                "--eval-length",
+                default=2048,
+                show_default=True,
+                type=click.IntRange(2),
+                help="Tokens a window.",
+            ),
             click.option(
                 "--needle-lengths",
                 default="1024,4096",
@@ -83,7 +102,11 @@ def evaluation_options(command: Command) -> Command:
                 help="Where the needles stand; 0 is the start of the prompt, 1 its end.",
             ),
             click.option(
-                "--needles", default=2, show_default=True, help="Prompts for each length and depth."
+                "--needles",
+                default=2,
+                show_default=True,
+                type=click.IntRange(1),
+                help="Prompts for each length and depth.",
             ),
             click.option(
                 "--dtype",
@@ -199,6 +222,7 @@ def quantize(
                 "digest": drawn.digest,
             },
             "dtype": dtype,
+            "units": UNITS,
             "layers": outcome.layers,
             "rescues": outcome.rescues,
             "evidence": outcome.evidence,
@@ -260,17 +284,17 @@ def evaluate(
 
 @main.command()
 @click.argument("checkpoint")
-@click.option(
-    "--gpu", default=GPU, show_default=True,
-    help="A known device, or the memory of any other as 80GB or 80GiB.",
-)  # fmt: skip
+@click.option("--gpu", default=GPU, show_default=True, help="A known device.")
+@click.option("--gpu-memory", metavar="SIZE", help="Of any other device, as 80GB or 80GiB.")
 @click.option("--context", default=8192, show_default=True, help="Tokens of one request.")
 @click.option(
     "--kv", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True,
     help="How the engine stores keys and values.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def fit(checkpoint: str, gpu: str, context: int, kv: str, as_json: bool) -> None:
+def fit(
+    checkpoint: str, gpu: str, gpu_memory: str | None, context: int, kv: str, as_json: bool
+) -> None:
     """Say whether CHECKPOINT fits one GPU at a context, and the largest one that does.
 
     Weights are counted from the files, the KV cache as vLLM lays it out. Exit code 0 when it fits,
@@ -278,12 +302,13 @@ def fit(checkpoint: str, gpu: str, context: int, kv: str, as_json: bool) -> None
     """
     from llama4q.config import read_config
     from llama4q.hub import resolve
-    from llama4q.memory import KVDtype, Serving, find_device, make_plan
+    from llama4q.memory import Device, KVDtype, Serving, find_device, make_plan, memory_bytes
     from llama4q.memory_table import render_plan
 
     found = resolve(checkpoint)
+    device = Device(gpu_memory, memory_bytes(gpu_memory)) if gpu_memory else find_device(gpu)
     serving = Serving(context, KVDtype(kv))
-    plan = make_plan(read_config(found.folder), _nbytes(found), find_device(gpu), serving)
+    plan = make_plan(read_config(found.folder), _nbytes(found), device, serving)
     click.echo(_json(plan.to_json()) if as_json else render_plan(plan))
     sys.exit(0 if plan.fits else 1)
 
@@ -359,6 +384,9 @@ class Bar:
     def replayed(self, index: int, groups: int) -> None:
         self._line(f"layer {index} was written before: checked and replayed")
         self._bar.update(groups)
+
+    def phase(self, what: str) -> None:
+        self._line(what)
 
     def _line(self, text: str) -> None:
         self._bar.write(text, file=sys.stderr)

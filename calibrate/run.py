@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +26,9 @@ from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
 from llama4q.model import DecoderLayer
 from llama4q.recipe import Recipe, check_recipe
-from llama4q.stream import LayerObserver, advance, embed, prefetched
+from llama4q.stream import LayerObserver, advance, check_tokens, embed, prefetched
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
-from llama4q.weights import LayerReader, layer_of
+from llama4q.weights import LayerReader, check_finite, layer_of
 
 from .layer import GroupReport, LayerQuantizer, Rescue
 
@@ -55,6 +55,7 @@ class Progress(Protocol):
     def group(self, report: GroupReport) -> None: ...
     def rescue(self, rescue: Rescue) -> None: ...
     def replayed(self, index: int, groups: int) -> None: ...
+    def phase(self, what: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Run:
         self.config = read_config(job.source)
         refuse_early(job.source, job.destination, job.recipe, self.config)
         self.source = Checkpoint(job.source)
+        check_tokens(self.config.vocab_size, job.tokens)
         self._check_disk()
         self.writer = CheckpointWriter(job.destination, self._run_key())
         self.observer = observer
@@ -155,6 +157,7 @@ class Run:
             self.observer.layer(layer, written)
         self._write_rest()
         if self.writer.done(EVIDENCE) is None:
+            self.progress.phase("comparing the predictions of both models")
             head = original.head()  # not quantized, so it serves both
             self.writer.write(EVIDENCE, [], self.observer.finish(head, head))
 
@@ -188,22 +191,17 @@ class Run:
         self.writer.record(name, files, memory)
         return written
 
-    def _kept(self, index: int | None) -> list[tuple[str, torch.Tensor]]:
+    def _kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a layer (None: of no layer) that are copied bit for bit."""
-        return [
-            (name, self.source.get(name))
-            for name in kept_tensors(self.source, self.config, self.job.recipe)
-            if layer_of(self.config, name) == index
-        ]
+        for name in kept_tensors(self.source, self.config, self.job.recipe):
+            if layer_of(self.config, name) == index:
+                tensor = self.source.get(name)
+                check_finite(name, tensor)
+                yield name, tensor
 
     def _write_rest(self) -> None:
         if self.writer.done(REST) is None:
-            names = [
-                name
-                for name in kept_tensors(self.source, self.config, self.job.recipe)
-                if layer_of(self.config, name) is None
-            ]
-            self.writer.write(REST, ((name, self.source.get(name)) for name in names), {})
+            self.writer.write(REST, self._kept(None), {})
 
     def _read_back(self, files: Iterable[str], index: int) -> DecoderLayer:
         """The layer as written, so that a resumed run computes with the same numbers."""
@@ -212,6 +210,7 @@ class Run:
 
     def _finish(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Final names, verification, side files; the index, last of all, makes it a checkpoint."""
+        self.progress.phase("verifying what was written")
         written, files = self.writer.assemble(self.units)
         verify_files(self.job.destination, files)
         checked = verify(written, self.source, self.config, self.job.recipe)

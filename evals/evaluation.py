@@ -79,8 +79,8 @@ class Evaluation:
         collected = Likelihood()
         for window in self.questions.windows:
             collected.add(
-                logits(self.config, original, next(plain)[:-1]),
-                logits(self.config, quantized, next(served)[:-1]),
+                _scores(self.config, original, next(plain)[:-1]),
+                _scores(self.config, quantized, next(served)[:-1]),
                 window[1:],
             )
         return collected.summary(self.questions.digest)
@@ -96,7 +96,7 @@ class Evaluation:
             found = []
             for prompt in prompts:
                 hidden = next(rows)[retrieval.answer_positions(prompt)]
-                predicted = logits(self.config, head, hidden).argmax(dim=-1)
+                predicted = _scores(self.config, head, hidden).argmax(dim=-1)
                 found.append(retrieval.exact(predicted, prompt))
             return found
 
@@ -114,6 +114,17 @@ class _Rows:
     def __next__(self) -> torch.Tensor:
         row: torch.Tensor = next(self._rows)
         return row
+
+
+def _scores(config: ModelConfig, head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits `[N, vocabulary]`; raises UserError when they are not finite."""
+    scores = logits(config, head, hidden)
+    if not torch.isfinite(torch.stack(scores.aminmax())).all():
+        raise UserError(
+            "lm_head: the logits are NaN or Inf; the values of model.norm or lm_head are too "
+            "large, download the checkpoint again"
+        )
+    return scores
 
 
 def _agreement(plain: Sequence[Routing | None], served: Sequence[Routing | None]) -> float | None:

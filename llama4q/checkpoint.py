@@ -181,15 +181,13 @@ class CheckpointWriter:
         if not path.exists():
             write_atomically(path, to_json(run_key))
             return
-        before = json.loads(path.read_bytes())
-        for key in sorted(before.keys() | run_key.keys()):
-            old, new = before.get(key), json.loads(json.dumps(run_key.get(key)))
-            if old != new:
-                raise UserError(
-                    f"{self.folder}: an unfinished run with another {key} is here "
-                    f"({_short(old)} then, {_short(new)} now); "
-                    f"repeat its command, or delete the folder"
-                )
+        before, now = json.loads(path.read_bytes()), json.loads(json.dumps(run_key))
+        for key, old, new in _differences(before, now):
+            raise UserError(
+                f"{self.folder}: an unfinished run with another {key} is here "
+                f"({_short(old)} then, {_short(new)} now); "
+                f"repeat its command, or delete the folder"
+            )
 
     def done(self, unit: str) -> Unit | None:
         """The record of a unit whose files are all there with the right hash, else None."""
@@ -367,6 +365,15 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
         size += tensor.nbytes
     if shard:
         yield shard
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the path of keys, and what stands there in each."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{key} {name}".lstrip())
+    elif before != now:
+        yield key, before, now
 
 
 def _short(value: Any) -> str:

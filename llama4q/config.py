@@ -101,8 +101,13 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         config = _from_text_config(text, model_type == "llama4", bool(raw.get("vision_config")))
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing; download config.json again") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: a value has the wrong form ({error})") from None
+    except IndexError:
+        raise UserError(
+            f"{where}: no_rope_layers or layer_types has fewer entries than the "
+            f"{text['num_hidden_layers']} layers; download config.json again"
+        ) from None
     _refuse_unsupported(text, config, where)
     return config
 

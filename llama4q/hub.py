@@ -5,10 +5,13 @@ The Hub's protocol, cache and progress bars are huggingface_hub's. Knows nothing
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .config import parse_config, read_config_json
 from .errors import UserError
 
 POCKET = "pocket"
@@ -17,7 +20,11 @@ POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 NEEDED = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*",
 )  # fmt: skip
-NOT_NEEDED = ("original/*", "consolidated*", "*.bin", "*.pth")
+# A checkpoint lies at the top of its repository. Folders hold the same weights in other formats
+# (original/, onnx/, ...), and `*` matches across slashes.
+NOT_NEEDED = ("*/*", "consolidated*")
+
+AGAIN = "repeat the command to go on, files that are complete stay in the cache"
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -34,7 +41,8 @@ class Source:
 def resolve(name: str) -> Source:
     """The folder of SOURCE, downloaded first when it is a Hub id `owner/name[@revision]`.
 
-    Raises UserError for a name that is neither, and for what the Hub refuses.
+    Raises UserError for a name that is neither, for what the Hub refuses, and for a repository
+    that holds no Llama 4.
     """
     if name == POCKET:
         return Source(POCKET_MODEL, POCKET)
@@ -42,22 +50,51 @@ def resolve(name: str) -> Source:
         return Source(Path(name), name)
     match = _HUB_ID.fullmatch(name)
     if match is None or Path(name).exists():
-        raise UserError(
-            f"{name}: no such folder; name a checkpoint folder, a Hub id as owner/name[@revision], "
-            f"or {POCKET}"
+        raise _neither(name)
+    repo = match["repo"]
+    with _named_errors(repo, match["revision"]):
+        # config.json alone first: a model of another kind is refused before its weights come
+        folder = _download(repo, match["revision"], ["config.json"])
+        if not (folder / "config.json").exists():
+            raise UserError(f"{repo}: has no config.json; name a repository with a checkpoint")
+        parse_config(read_config_json(folder), f"{repo}/config.json")
+        # huggingface_hub keeps each commit in a folder of its name
+        return Source(_download(repo, folder.name, NEEDED), repo, folder.name)
+
+
+def _neither(name: str) -> UserError:
+    return UserError(
+        f"{name}: no such folder; name a checkpoint folder, a Hub id as owner/name[@revision], "
+        f"or {POCKET}"
+    )
+
+
+def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The cache's folder of a commit, with the files that match `patterns`."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(NOT_NEEDED),
         )
-    folder = _download(match["repo"], match["revision"])
-    # huggingface_hub keeps each commit in a folder of its name
-    return Source(folder, match["repo"], folder.name)
+    )
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+@contextlib.contextmanager
+def _named_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """What huggingface_hub raises as one line that says what to do."""
+    from huggingface_hub import errors
+
+    # httpx's or httpx2's, whichever huggingface_hub is built on; raised when a connection breaks
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
-        found = snapshot_download(
-            repo, revision=revision, allow_patterns=list(NEEDED), ignore_patterns=list(NOT_NEEDED)
-        )
+        yield
+    except errors.HFValidationError:
+        raise _neither(repo) from None
     except errors.GatedRepoError:
         raise UserError(
             f"{repo}: is gated; accept its licence on its Hub page, then run 'hf auth login'"
@@ -69,14 +106,20 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repo}: has no revision {revision!r}; check it on the Hub") from None
-    except errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{repo}: the Hub cannot be reached and the cache does not hold it; "
-            f"connect, or name a folder"
+            f"{repo}: not all of it is in the cache, and the Hub cannot be reached "
+            f"({_one_line(error.__cause__ or error)}); connect, or name a folder"
         ) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{repo}: download failed ({reason}); repeat the command to go on"
-        ) from None
-    return Path(found)
+    except errors.HfHubHTTPError as error:
+        refused = error.response.status_code in (401, 403)
+        advice = "run 'hf auth login' with a token that may read it" if refused else AGAIN
+        raise UserError(f"{repo}: the Hub refuses ({_one_line(error)}); {advice}") from None
+    # RuntimeError is what hf_xet, which fetches large files, makes of a broken connection
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise UserError(f"{repo}: download failed ({_one_line(error)}); {AGAIN}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 200 else line[:197] + "..."

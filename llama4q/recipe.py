@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -112,7 +113,12 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"{name_or_path}: neither a file nor a shipped recipe"
             f"{nearest(name_or_path, shipped_names)} (shipped: {', '.join(shipped_names)})"
         )
-    return parse_recipe(path.read_text(), str(path))
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; a recipe is a TOML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
@@ -125,6 +131,8 @@ def parse_recipe(text: str, where: str) -> Recipe:
     if not isinstance(raw.get("schemes"), Mapping):
         raise UserError(f"{where}: no [schemes]; name at least one of {_names(Component)}")
     overrides = raw.get("override", [])
+    if not isinstance(overrides, list) or not all(isinstance(one, dict) for one in overrides):
+        raise UserError(f"{where}: override is no list of tables; write [[override]]")
     return Recipe(
         name=str(raw.get("name", Path(where).stem)),
         description=str(raw.get("description", "")),
@@ -146,7 +154,7 @@ def _schemes(raw: Mapping[str, Any], where: str, section: str) -> dict[Component
     _refuse_unknown(raw, [component.value for component in Component], where, section)
     found = {}
     for key, value in raw.items():
-        if value not in SCHEMES:
+        if not isinstance(value, str) or value not in SCHEMES:
             raise UserError(
                 f"{where}: unknown scheme {value!r} for {key} in [{section}]"
                 f"{nearest(str(value), SCHEMES)} (known: {', '.join(SCHEMES)})"
@@ -163,7 +171,9 @@ def _override(raw: Mapping[str, Any], where: str) -> Override:
     return Override(tuple(layers), _schemes(schemes, where, "override"))
 
 
-def _section(kind: type[Any], raw: Mapping[str, Any], where: str, section: str) -> Any:
+def _section(kind: type[Any], raw: object, where: str, section: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: {section} is {raw!r}, no table; write [{section}]")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     _refuse_unknown(raw, list(fields), where, section)
     values = {
@@ -183,8 +193,8 @@ def _typed(value: Any, default: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not type(default):
         raise UserError(f"{where}: {value!r} is no {type(default).__name__}")
-    if not isinstance(value, bool) and value < 0:
-        raise UserError(f"{where}: {value!r} is below 0")
+    if not isinstance(value, bool) and not 0 <= value < math.inf:
+        raise UserError(f"{where}: {value!r} is below 0 or not finite")
     return value
 
 

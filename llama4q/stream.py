@@ -55,13 +55,18 @@ def embed(embedding: torch.Tensor, batches: Sequence[torch.Tensor]) -> list[torc
     """
     hidden = []
     for tokens in batches:
-        if tokens.numel() and int(tokens.max()) >= embedding.shape[0]:
-            raise UserError(
-                f"token {int(tokens.max())} is outside the model's vocabulary of "
-                f"{embedding.shape[0]}; use this checkpoint's own tokenizer"
-            )
+        check_tokens(embedding.shape[0], tokens)
         hidden += [embedding[part] for part in split_rows(tokens)]
     return hidden
+
+
+def check_tokens(vocab_size: int, tokens: torch.Tensor) -> None:
+    """Raises UserError for a token that the vocabulary does not have."""
+    if tokens.numel() and int(tokens.max()) >= vocab_size:
+        raise UserError(
+            f"token {int(tokens.max())} is outside the model's vocabulary of {vocab_size}; "
+            f"use this checkpoint's own tokenizer"
+        )
 
 
 def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -31,6 +31,7 @@ import datasets
 import jinja2
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
 
@@ -281,6 +282,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: no tokenizer here; copy the model's tokenizer.json and "
             f"tokenizer_config.json into it"
         )
+    # It warns of Scout's own rope settings, which its model code accepts.
+    transformers_logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a broken tokenizer.json is a bare Exception from its Rust reader

@@ -28,6 +28,7 @@ class Quiet:
         self.groups: list[GroupReport] = []
         self.rescues: list[Rescue] = []
         self.layers_replayed: list[int] = []
+        self.phases: list[str] = []
         self.total = 0
 
     def start(self, groups: int) -> None:
@@ -41,6 +42,9 @@ class Quiet:
 
     def replayed(self, index: int, groups: int) -> None:
         self.layers_replayed.append(index)
+
+    def phase(self, what: str) -> None:
+        self.phases.append(what)
 
 
 def tokens(folder: Path, sequences: int, length: int, seed: int = 0) -> torch.Tensor:

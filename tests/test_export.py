@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llama4q.config import read_config
 from llama4q.export import config_with, quantization_config
-from llama4q.recipe import load_recipe, shipped_recipes
+from llama4q.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from llama4q.schemes import fake_float8_tokens
 
 from . import runs, tiny
@@ -53,7 +53,26 @@ def without_activation_quantization(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("recipe", shipped_recipes())
+EVERYTHING = """
+[schemes]
+experts = "int8"
+shared_expert = "bf16"
+dense = "int4-g64"
+o_proj = "int4"
+[[override]]
+layers = [1]
+experts = "bf16"
+shared_expert = "fp8"
+o_proj = "bf16"
+"""
+
+
+def recipe_named(name: str) -> Recipe:
+    """A shipped recipe, or one with what those lack: INT8, g64, BF16 experts, INT o_proj."""
+    return parse_recipe(EVERYTHING, "r.toml") if name == "everything" else load_recipe(name)
+
+
+@pytest.mark.parametrize("recipe", [*shipped_recipes(), "everything"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_logits_against_transformers(
@@ -61,7 +80,7 @@ def test_logits_against_transformers(
 ) -> None:
     source = tiny.write(tmp_path / "source", MODELS[name])
     folder = tmp_path / "quantized"
-    runs.run(source, folder, recipe)
+    runs.run(source, folder, recipe_named(recipe))
     inputs = runs.tokens(source, 2, 70, seed=3)
     monkeypatch.setattr("llama4q.weights.fake_float8_tokens", None)
     ours = runs.our_logits(folder, inputs)
@@ -74,12 +93,12 @@ def test_logits_against_transformers(
     assert (ours - runs.our_logits(source, inputs)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("recipe", shipped_recipes())
+@pytest.mark.parametrize("recipe", [*shipped_recipes(), "everything"])
 @pytest.mark.parametrize("name", MODELS)
 def test_config_json_against_compressed_tensors(name: str, recipe: str, tmp_path: Path) -> None:
     """Its own classes accept the quantization_config; the rest is the source's text."""
     source = tiny.write(tmp_path, MODELS[name])
-    ours = quantization_config(load_recipe(recipe), read_config(source))
+    ours = quantization_config(recipe_named(recipe), read_config(source))
     QuantizationConfig.model_validate(ours)
     written = config_with(source, ours).decode()
     before = (source / "config.json").read_text().rstrip().removesuffix("}").rstrip()

@@ -1,0 +1,142 @@
+"""What each part of the solver buys: divergence from the original at the same bytes.
+
+    python -m benchmarks.accuracy [SOURCE] [--seeds 3] [--samples 128] [--length 1024]
+
+Quantizes SOURCE (default: the pocket model) with plain rounding, with plain GPTQ, and with the
+solver's parts added one by one, on the same calibration tokens, and measures all on the same
+windows and needle prompts, in float32. A row is the mean over calibration seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibrate.data import calibration_tokens
+from calibrate.layer import GroupReport, Rescue
+from calibrate.run import Job, Outcome, quantize
+from evals.evaluation import Evaluation, Questions
+from evals.needle import needle_prompts
+from llama4q.config import read_config
+from llama4q.hub import resolve
+from llama4q.recipe import Method, Recipe, Solver, load_recipe
+from llama4q.text import evaluation_tokens, load_tokenizer, parse_source
+
+PLAIN = Solver(damping=0.01, act_order=False, scale_points=1, shrinkage=False)
+STEPS = {
+    "int4 round to nearest": ("int4", Solver(method=Method.RTN)),
+    "int4 GPTQ, plain": ("int4", PLAIN),
+    "+ act-order": ("int4", dataclasses.replace(PLAIN, act_order=True)),
+    "+ scale search": ("int4", dataclasses.replace(PLAIN, act_order=True, scale_points=20)),
+    "+ damping 0.003": ("int4", Solver(shrinkage=False)),
+    "+ shrinkage (default)": ("int4", Solver()),
+    "int4-g32 round to nearest": ("int4-g32", Solver(method=Method.RTN)),
+    "int4-g32 (default)": ("int4-g32", Solver()),
+    "int4-fp8 (default)": ("int4-fp8", Solver()),
+    "mixed (default)": ("mixed", Solver()),
+    "fp8": ("fp8", Solver()),
+}
+
+
+class Silent:
+    """A Progress for a table."""
+
+    def start(self, groups: int) -> None:
+        del groups
+
+    def group(self, report: GroupReport) -> None:
+        del report
+
+    def rescue(self, rescue: Rescue) -> None:
+        print(f"  rescue: {rescue.tensor}: {rescue.kind}: {rescue.detail}")
+
+    def replayed(self, index: int, groups: int) -> None:
+        del index, groups
+
+    def phase(self, what: str) -> None:
+        del what
+
+
+def measure(source: Path, recipe: Recipe, drawn: Any, questions: Questions) -> dict[str, float]:
+    """One run's figures."""
+    evaluation = Evaluation(read_config(source), questions)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(source, Path(folder) / "out", recipe, drawn.tokens, drawn.digest, torch.float32)
+        began = time.perf_counter()
+
+        def report(outcome: Outcome) -> Mapping[str, Any]:
+            return dataclasses.asdict(outcome)
+
+        found = quantize(job, evaluation, Silent(), report)
+        seconds = time.perf_counter() - began
+    likelihood, needles = found["evidence"]["likelihood"], found["evidence"]["retrieval"]
+    return {
+        "bytes": found["quantized_bytes"],
+        "kl": likelihood["kl_mean"],
+        "p99": likelihood["kl_p99"],
+        "top1": likelihood["top1_agreement"],
+        "routing": min(record["agreement"] for record in found["evidence"]["routing"]),
+        "perplexity": likelihood["quantized"]["perplexity"],
+        "original": likelihood["original"]["perplexity"],
+        "needles": needles["quantized"],
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("source", nargs="?", default="pocket")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--only", help="rows whose name holds this")
+    options = parser.parse_args()
+    source = resolve(options.source).folder
+    tokenizer = load_tokenizer(source)
+    windows = evaluation_tokens(parse_source(None), tokenizer, windows=48, length=1024)
+    prompts = needle_prompts(
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        windows.tokens[:, 1:].flatten().tolist(),
+        bos=tokenizer.bos_token_id,
+        lengths=[512, 1024, 2048],
+        depths=[step / 10 for step in range(11)],
+        per_cell=2,
+        seed=0,
+    )
+    questions = Questions(windows.tokens, windows.digest, prompts, 0)
+    print(
+        f"{'':26} {'MB':>6} {'KL mean':>9} {'ratio':>6} {'KL p99':>8} {'top-1':>7} "
+        f"{'routing':>8} {'perplexity':>11} {'needles':>8} {'seconds':>8}"
+    )
+    first = None
+    for name, (recipe_name, solver) in STEPS.items():
+        if options.only and options.only not in name:
+            continue
+        recipe = dataclasses.replace(load_recipe(recipe_name), solver=solver)
+        runs = []
+        for seed in range(1 if solver.method is Method.RTN else options.seeds):
+            drawn = calibration_tokens(
+                parse_source(None), tokenizer,
+                samples=options.samples, length=options.length, seed=seed,
+            )  # fmt: skip
+            runs.append(measure(source, recipe, drawn, questions))
+        mean = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0]}
+        first = first or mean["kl"]
+        print(
+            f"{name:26} {mean['bytes'] / 1e6:6.2f} {mean['kl']:9.5f} {mean['kl'] / first:6.2f} "
+            f"{mean['p99']:8.4f} {mean['top1']:7.2%} {mean['routing']:8.2%} "
+            f"{mean['perplexity']:11.3f} {mean['needles']:8.1%} {mean['seconds']:8.1f}",
+            flush=True,
+        )
+    print(f"original perplexity {mean['original']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
