@@ -16,15 +16,13 @@ from llama4q.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from calibrate.layer import GroupReport, Rescue
     from calibrate.run import Outcome
-    from evals.evaluation import Questions
+    from evals.questions import Questions
     from llama4q.config import ModelConfig
     from llama4q.hub import Source
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-EVALUATION_SEED = 0  # of the needle prompts; part of what figures are compared by
 FIT_CONTEXT = 131072  # tokens; the context that a report's fit line speaks of
 GPU = "h100-80gb"
 UNITS = {
@@ -184,6 +182,7 @@ def quantize(
             "No SOURCE named: quantizing the pocket Llama 4 that comes with llama4q.", err=True
         )
     from calibrate.data import calibration_tokens
+    from calibrate.progress import Bar
     from calibrate.run import DTYPES, Job, refuse_early
     from calibrate.run import quantize as run
     from evals.evaluation import Evaluation
@@ -232,7 +231,7 @@ def quantize(
             "seconds": {"total": outcome.seconds},
         }
 
-    with Bar("group") as bar:
+    with Bar() as bar:
         finished = run(job, Evaluation(config, questions), bar, report)
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
 
@@ -252,6 +251,8 @@ def evaluate(
     Perplexity of both, divergence, routing agreement and needle retrieval, on the same tokens.
     Neither model is ever in memory as a whole.
     """
+    from tqdm import tqdm
+
     from calibrate.run import DTYPES
     from evals.evaluation import compare
     from evals.report import render
@@ -262,14 +263,15 @@ def evaluate(
     from llama4q.weights import LayerReader
 
     original, other = resolve(against), resolve(quantized)
+    configs = [read_config(side.folder) for side in (original, other)]  # refuses early
     readers = [
-        LayerReader(Checkpoint(side.folder), read_config(side.folder), DTYPES[dtype])
-        for side in (original, other)
+        LayerReader(Checkpoint(side.folder), config, DTYPES[dtype])
+        for side, config in zip((original, other), configs, strict=True)
     ]
     questions = _questions(load_tokenizer(original.folder), **measured_on)
-    with Bar("layer") as bar:
-        bar.start(readers[0].config.num_layers)
-        evidence = compare(readers[0], readers[1], questions, bar.step)
+    layers = readers[0].config.num_layers
+    with tqdm(total=layers, unit="layer", dynamic_ncols=True, disable=None) as bar:
+        evidence = compare(readers[0], readers[1], questions, bar.update)
     report = {
         **_provenance(original, other.folder),
         "quantized": {"name": other.name, "bytes": _nbytes(other)},
@@ -349,54 +351,6 @@ def check(report: Path, baseline: Path | None, as_json: bool, **limits: float | 
     sys.exit(0 if verdict.passed else 1)
 
 
-class Bar:
-    """A progress bar with ETA on stderr, and a line above it for each group that is done."""
-
-    def __init__(self, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=0, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=None)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def start(self, total: int) -> None:
-        self._bar.reset(total=total)
-
-    def step(self) -> None:
-        self._bar.update()
-
-    def group(self, report: GroupReport) -> None:
-        error = "" if report.error is None else f"{report.error:8.2%}"
-        blend = f"  blended {report.shrinkage:.0%}" if report.shrinkage else ""
-        self._line(
-            f"{_short(report.name):40} {report.scheme:9}{report.tokens:9,} tokens  "
-            f"error {error:>8}{report.seconds:8.2f} s{blend}"
-        )
-        self._bar.update()
-
-    def rescue(self, rescue: Rescue) -> None:
-        self._line(f"{_short(rescue.tensor):40} {rescue.kind}: {rescue.detail}")
-
-    def replayed(self, index: int, groups: int) -> None:
-        self._line(f"layer {index} was written before: checked and replayed")
-        self._bar.update(groups)
-
-    def phase(self, what: str) -> None:
-        self._line(what)
-
-    def _line(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
-
-
-def _short(name: str) -> str:
-    """A tensor's name without what all of them share."""
-    return name.rpartition("model.layers.")[2].replace("feed_forward.", "")
-
-
 def _questions(
     tokenizer: PreTrainedTokenizerBase,
     eval_text: str | None,
@@ -406,31 +360,21 @@ def _questions(
     needle_depths: str,
     needles: int,
 ) -> Questions:
-    """What both models are measured on."""
-    from evals.evaluation import Questions
-    from evals.needle import needle_prompts
-    from llama4q.text import evaluation_tokens, parse_source
-
-    text = parse_source(eval_text)
-    windows = evaluation_tokens(text, tokenizer, windows=eval_windows, length=eval_length)
-
-    def encode(words: str) -> list[int]:
-        ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
-        return ids
+    """What both models are measured on, from the evaluation options."""
+    from evals.questions import Needles, ask
 
     try:
-        prompts = needle_prompts(
-            encode,
-            windows.tokens[:, 1:].flatten().tolist(),
-            bos=tokenizer.bos_token_id,
-            lengths=[int(length) for length in _listed(needle_lengths)],
-            depths=[float(depth) for depth in _listed(needle_depths)],
-            per_cell=needles,
-            seed=EVALUATION_SEED,
+        wanted = Needles(
+            [int(length) for length in _listed(needle_lengths)],
+            [float(depth) for depth in _listed(needle_depths)],
+            needles,
         )
-    except ValueError as error:
-        raise UserError(f"needle prompts: {error}") from None
-    return Questions(windows.tokens, windows.digest, prompts, EVALUATION_SEED)
+    except ValueError:
+        raise UserError(
+            f"--needle-lengths {needle_lengths!r} --needle-depths {needle_depths!r}: "
+            f"give numbers with commas between, as 1024,4096"
+        ) from None
+    return ask(tokenizer, eval_text, eval_windows, eval_length, wanted)
 
 
 def _listed(text: str) -> list[str]:

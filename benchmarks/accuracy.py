@@ -1,6 +1,6 @@
 """What each part of the solver buys: divergence from the original at the same bytes.
 
-    python -m benchmarks.accuracy [SOURCE] [--seeds 3] [--samples 128] [--length 1024]
+    python -m benchmarks.accuracy [SOURCE] [--seeds 3] [--samples 64] [--length 1024]
 
 Quantizes SOURCE (default: the pocket model) with plain rounding, with plain GPTQ, and with the
 solver's parts added one by one, on the same calibration tokens, and measures all on the same
@@ -22,12 +22,12 @@ import torch
 from calibrate.data import calibration_tokens
 from calibrate.layer import GroupReport, Rescue
 from calibrate.run import Job, Outcome, quantize
-from evals.evaluation import Evaluation, Questions
-from evals.needle import needle_prompts
+from evals.evaluation import Evaluation
+from evals.questions import Needles, Questions, ask
 from llama4q.config import read_config
 from llama4q.hub import resolve
 from llama4q.recipe import Method, Recipe, Solver, load_recipe
-from llama4q.text import evaluation_tokens, load_tokenizer, parse_source
+from llama4q.text import load_tokenizer, parse_source
 
 PLAIN = Solver(damping=0.01, act_order=False, scale_points=1, shrinkage=False)
 STEPS = {
@@ -94,23 +94,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("source", nargs="?", default="pocket")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--only", help="rows whose name holds this")
     options = parser.parse_args()
     source = resolve(options.source).folder
     tokenizer = load_tokenizer(source)
-    windows = evaluation_tokens(parse_source(None), tokenizer, windows=48, length=1024)
-    prompts = needle_prompts(
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        windows.tokens[:, 1:].flatten().tolist(),
-        bos=tokenizer.bos_token_id,
-        lengths=[512, 1024, 2048],
-        depths=[step / 10 for step in range(11)],
-        per_cell=2,
-        seed=0,
-    )
-    questions = Questions(windows.tokens, windows.digest, prompts, 0)
+    depths = [step / 10 for step in range(11)]
+    questions = ask(tokenizer, None, 32, 1024, Needles([512, 1024, 2048], depths, 1))
     print(
         f"{'':26} {'MB':>6} {'KL mean':>9} {'ratio':>6} {'KL p99':>8} {'top-1':>7} "
         f"{'routing':>8} {'perplexity':>11} {'needles':>8} {'seconds':>8}"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,7 +30,8 @@ from llama4q.stream import LayerObserver, advance, check_tokens, embed, prefetch
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import LayerReader, check_finite, layer_of
 
-from .layer import GroupReport, LayerQuantizer, Rescue
+from .layer import LayerQuantizer
+from .progress import Progress
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REST, EVIDENCE = "rest", "evidence"  # the units beside the layers
@@ -46,16 +47,6 @@ class Job:
     tokens: torch.Tensor  # [S, T] calibration tokens
     digest: str  # of the tokens
     dtype: torch.dtype  # of activations and products
-
-
-class Progress(Protocol):
-    """Shows a person how far the run is."""
-
-    def start(self, groups: int) -> None: ...
-    def group(self, report: GroupReport) -> None: ...
-    def rescue(self, rescue: Rescue) -> None: ...
-    def replayed(self, index: int, groups: int) -> None: ...
-    def phase(self, what: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -94,8 +85,8 @@ class Run:
         self.source = Checkpoint(job.source)
         check_tokens(self.config.vocab_size, job.tokens)
         self._check_disk()
-        self.writer = CheckpointWriter(job.destination, self._run_key())
         self.observer = observer
+        self.writer = CheckpointWriter(job.destination, self._run_key())
         self.progress = progress
         self.layer_units = [f"layer-{index:05d}" for index in range(self.config.num_layers)]
         self.units = [*self.layer_units, REST, EVIDENCE]
@@ -107,7 +98,7 @@ class Run:
         return self._finish(make_report)
 
     def _run_key(self) -> dict[str, Any]:
-        """Whatever the bytes depend on: a rerun with another key is another run."""
+        """Whatever bytes and report depend on: a rerun with another key is another run."""
         layout = {
             name: [list(info.shape), str(info.dtype)] for name, info in self.source.infos.items()
         }
@@ -118,6 +109,7 @@ class Run:
             "recipe": self.job.recipe.to_json(),
             "calibration tokens": self.job.digest,
             "dtype": str(self.job.dtype).removeprefix("torch."),
+            "evaluation": self.observer.key,
         }
 
     def _check_disk(self) -> None:

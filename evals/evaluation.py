@@ -7,7 +7,6 @@ same windows of text and the same needle prompts. Knows nothing of how codes are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +19,9 @@ from llama4q.weights import LayerReader
 
 from . import retrieval
 from .likelihood import Likelihood
-from .needle import NeedlePrompt
+from .questions import Questions
 
 Batches = list[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What both models read: windows of text `[W, T]` and needle prompts."""
-
-    windows: torch.Tensor
-    digest: str  # of the windows
-    prompts: Sequence[NeedlePrompt]
-    seed: int  # of the prompts
 
 
 class Evaluation:
@@ -48,6 +37,7 @@ class Evaluation:
             )
         self.config = config
         self.questions = questions
+        self.key = f"{questions.digest} {retrieval.digest(questions.prompts)}"
         self.routing: list[dict[str, Any]] = []
         self.plain: Batches = []
         self.served: Batches = []

@@ -68,7 +68,7 @@ def summary(
 def digest(prompts: Sequence[NeedlePrompt]) -> str:
     """SHA-256 of all prompts' tokens."""
     text = repr([prompt.tokens for prompt in prompts])
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _share(answers: Sequence[bool]) -> float:

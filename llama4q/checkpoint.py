@@ -128,6 +128,8 @@ def _shard_infos(folder: Path, shard: str) -> dict[str, TensorInfo]:
     path = folder / shard
     if not path.exists():
         raise UserError(f"{path}: this shard of the index is missing; download it again")
+    with _named_errors(path):
+        path.open("rb").close()  # safe_open calls a file that may not be read missing
     with _named_errors(path), safe_open(str(path), framework="pt") as reader:
         infos = {}
         for name in reader.keys():  # noqa: SIM118 - a safetensors reader, not a dictionary
@@ -291,19 +293,22 @@ class PartReader(Checkpoint):
 
 def refuse_foreign_files(folder: Path) -> None:
     """Raises UserError when `folder` holds a finished checkpoint or files that are not ours."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose a folder that does not exist yet")
-    if (folder / WORK / "run.json").exists() or not any(folder.iterdir()):
-        return
-    if (folder / INDEX).exists() or (folder / SINGLE).exists():
+    with writing(folder):  # it may lie where not even looking is allowed
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is a file; choose a folder that does not exist yet")
+        if (folder / WORK / "run.json").exists() or not any(folder.iterdir()):
+            return
+        if (folder / INDEX).exists() or (folder / SINGLE).exists():
+            raise UserError(
+                f"{folder}: already holds a finished checkpoint; choose another folder or delete it"
+            )
+        if [path.name for path in folder.iterdir()] == [WORK]:
+            return
         raise UserError(
-            f"{folder}: already holds a finished checkpoint; choose another folder or delete it"
+            f"{folder}: is not empty and holds no unfinished run; choose another folder"
         )
-    if [path.name for path in folder.iterdir()] == [WORK]:
-        return
-    raise UserError(f"{folder}: is not empty and holds no unfinished run; choose another folder")
 
 
 @contextlib.contextmanager

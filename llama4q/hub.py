@@ -10,9 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import parse_config, read_config_json
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 POCKET = "pocket"
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
@@ -107,19 +111,26 @@ def _named_errors(repo: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise UserError(f"{repo}: has no revision {revision!r}; check it on the Hub") from None
     except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _refused(repo, error.__cause__) from None
         raise UserError(
             f"{repo}: not all of it is in the cache, and the Hub cannot be reached "
             f"({_one_line(error.__cause__ or error)}); connect, or name a folder"
         ) from None
     except errors.HfHubHTTPError as error:
-        refused = error.response.status_code in (401, 403)
-        advice = "run 'hf auth login' with a token that may read it" if refused else AGAIN
-        raise UserError(f"{repo}: the Hub refuses ({_one_line(error)}); {advice}") from None
+        raise _refused(repo, error) from None
     # RuntimeError is what hf_xet, which fetches large files, makes of a broken connection
     except (HTTPError, OSError, RuntimeError) as error:
         raise UserError(f"{repo}: download failed ({_one_line(error)}); {AGAIN}") from None
 
 
-def _one_line(error: BaseException) -> str:
+def _refused(repo: str, error: HfHubHTTPError) -> UserError:
+    status = error.response.status_code
+    said = error.server_message or error.response.reason_phrase
+    advice = "run 'hf auth login' with a token that may read it" if status in (401, 403) else AGAIN
+    return UserError(f"{repo}: the Hub answers {status} ({_one_line(said)}); {advice}")
+
+
+def _one_line(error: BaseException | str) -> str:
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 200 else line[:197] + "..."

@@ -84,7 +84,7 @@ def find_device(name: str) -> Device:
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
     raise UserError(
         f"unknown GPU {name!r}{hint} known are {', '.join(DEVICES)}; "
-        f"for any other GPU give its memory, as in 80GB or 79.1GiB"
+        f"for any other GPU: llama4q fit --gpu-memory 80GB"
     )
 
 

@@ -44,8 +44,15 @@ def unpack(checkpoint: Checkpoint, name: str) -> QuantizedWeight:
         return _unpack_float8(checkpoint, name, scale)
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    if f"{name}.weight_zero_point" in checkpoint or f"{name}.weight_g_idx" in checkpoint:
-        raise UserError(f"{name}: zero points or g_idx stored; only symmetric INT weights are read")
+    unread = [
+        f"{name}.{part}" for part in ("weight_zero_point", "weight_g_idx", "weight_global_scale")
+    ]
+    found = [part for part in unread if part in checkpoint]
+    if found or f"{name}.weight_shape" not in checkpoint:
+        raise UserError(
+            f"{name}: stored with {found[0] if found else 'no weight_shape'}; "
+            f"only symmetric INT weights of compressed-tensors' pack-quantized format are read"
+        )
     packed = checkpoint.get(f"{name}.weight_packed")
     outputs, inputs = (int(size) for size in checkpoint.get(f"{name}.weight_shape"))
     bits = packed.shape[1] * 32 // inputs

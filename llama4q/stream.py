@@ -25,6 +25,8 @@ TOKENS_AT_ONCE = 16384  # bounds the workspace of one forward call, not its resu
 class LayerObserver(Protocol):
     """What rides along with a run over two checkpoints: it is shown each layer in both forms."""
 
+    key: str  # what its findings depend on, beside the checkpoints
+
     def start(self, embedding: torch.Tensor) -> None:
         """Before the first layer; `embedding` is `[vocabulary, D]`."""
 

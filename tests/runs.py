@@ -11,8 +11,9 @@ import torch
 
 from calibrate.layer import GroupReport, Rescue
 from calibrate.run import Job, Outcome, quantize
-from evals.evaluation import Evaluation, Questions
+from evals.evaluation import Evaluation
 from evals.needle import NeedlePrompt
+from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.model import logits

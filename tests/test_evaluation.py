@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 from evals import retrieval
-from evals.evaluation import Evaluation, Questions, compare
+from evals.evaluation import Evaluation, compare
 from evals.needle import NeedlePrompt
+from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.errors import UserError

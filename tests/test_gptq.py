@@ -91,9 +91,7 @@ def test_better_than_rounding_and_each_option_helps() -> None:
         factor = factorize(hessian, 0.003, act_order)
         assert factor is not None
         scales = choose_scales(weight, factor.importance, scheme, points)
-        return relative_error(
-            weight, solve(weight, factor, scales, scheme).dequantize(), hessian
-        )
+        return relative_error(weight, solve(weight, factor, scales, scheme).dequantize(), hessian)
 
     rounding = round_to_nearest(weight, scheme).dequantize()
     plain = loss(False, 1)

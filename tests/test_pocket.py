@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from calibrate.data import calibration_tokens
-from evals.evaluation import Questions, compare
-from evals.needle import needle_prompts
+from evals.evaluation import compare
+from evals.questions import Needles, Questions, ask
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET_MODEL
@@ -26,18 +26,8 @@ CALIBRATION = Calibration(samples=32, length=512)
 @pytest.fixture(scope="module")
 def questions() -> Questions:
     """Eight held-out windows and eleven prompts of 1,024 tokens: four attention chunks."""
-    tokenizer = load_tokenizer(POCKET_MODEL)
-    windows = evaluation_tokens(parse_source(None), tokenizer, windows=8, length=1024)
-    prompts = needle_prompts(
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        windows.tokens[:, 1:].flatten().tolist(),
-        bos=tokenizer.bos_token_id,
-        lengths=[1024],
-        depths=[step / 10 for step in range(11)],
-        per_cell=2,
-        seed=1,
-    )
-    return Questions(windows.tokens, windows.digest, prompts, 1)
+    depths = [step / 10 for step in range(11)]
+    return ask(load_tokenizer(POCKET_MODEL), None, 8, 1024, Needles([1024], depths, 2, seed=1))
 
 
 def quantized(folder: Path, method: Method) -> Path:

@@ -1,0 +1,356 @@
+"""The commands as a person or a CI job uses them: help, exit codes, JSON, and that options count.
+
+tests/test_bad_input.py has what is refused. The authority on evidence is a second measurement, by
+`eval`, of what `quantize` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import cli
+from llama4q import __version__
+from llama4q.checkpoint import Checkpoint
+from llama4q.recipe import shipped_recipes
+
+from . import tiny
+from .test_bad_input import QUICK, VARIANT, with_tokenizer
+from .test_gate import GOOD
+
+ROOT = Path(__file__).parent.parent
+MEASURED = QUICK[4:]  # what eval takes of it
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "tqdm", "huggingface_hub")
+
+
+def ran(*arguments: object) -> Result:
+    """A command that ends without a traceback."""
+    found = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise AssertionError(found.output) from found.exception
+    return found
+
+
+def parsed(*arguments: object) -> dict[str, Any]:
+    """The JSON of a command that ends well; it alone is on stdout."""
+    found = ran(*arguments, "--json")
+    assert found.exit_code == 0, found.stderr
+    report: dict[str, Any] = json.loads(found.stdout)
+    return report
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(tiny.write(tmp_path_factory.mktemp("cli") / "source", VARIANT))
+
+
+@pytest.fixture(scope="module")
+def output(source: Path) -> Path:
+    """What `quantize` makes of the source."""
+    return source.parent / "output"
+
+
+@pytest.fixture(scope="module")
+def report(source: Path, output: Path) -> dict[str, Any]:
+    """What `quantize --json` prints."""
+    return parsed("quantize", source, output, *QUICK)
+
+
+def weights(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("name", [None, *cli.main.commands])
+def test_help(name: str | None) -> None:
+    """Of the program and of each command, and a line for each option."""
+    command = cli.main.commands[name] if name else cli.main
+    found = ran(*([name] if name else []), "--help")
+    assert found.exit_code == 0
+    assert command.help
+    assert command.help.partition("\n")[0] in " ".join(found.stdout.split())
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            assert getattr(parameter, "help", None), parameter.name
+            assert parameter.opts[0] in found.stdout
+
+
+def test_the_program_names_every_command() -> None:
+    assert set(cli.main.commands) == {"inspect", "quantize", "fit", "eval", "check"}
+    shown = ran("--help").stdout
+    for name in cli.main.commands:
+        assert f"llama4q {name} " in shown
+
+
+def test_help_names_the_shipped_recipes() -> None:
+    shown = " ".join(ran("quantize", "--help").stdout.split())
+    [listed] = [part.partition(")")[0] for part in shown.split("shipped recipe (")[1:]]
+    assert sorted(listed.split(", ")) == shipped_recipes()
+
+
+def test_version() -> None:
+    assert ran("--version").stdout == f"llama4q, version {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys, cli\n"
+        f"cli.main({arguments!r}, standalone_mode=False)\n"
+        f"print(sorted(set(sys.modules) & set({HEAVY!r})), file=sys.stderr)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stderr == "[]\n"
+    assert found.stdout
+
+
+def test_a_mistyped_option_is_a_usage_error() -> None:
+    """Click's own exit code 2, told apart from a verdict and from a mistake in the data."""
+    assert ran("quantize", "--sample", "3").exit_code == 2
+    assert ran("quantise").exit_code == 2
+    assert ran("quantize", "--method", "awq").exit_code == 2
+
+
+def test_quantize_reports(source: Path, output: Path, report: dict[str, Any]) -> None:
+    assert json.loads((output / "report.json").read_text()) == report
+    assert report["llama4q"] == __version__
+    assert report["source"]["name"] == str(source)
+    assert report["quantized"]["name"] == str(output)
+    assert report["quantized"]["bytes"] < report["source"]["bytes"]
+    assert report["recipe"]["name"] == "int4"
+    assert report["calibration"]["tokens"] == 4 * 64
+    assert report["dtype"] == "float32"
+    assert [sum(layer["expert_tokens"]) for layer in report["layers"]] == [4 * 64, 4 * 64]
+    assert set(report["files"]) == {path.name for path in output.glob("*.safetensors")}
+    assert report["evidence"]["likelihood"]["tokens"] == 2 * 63
+    assert [cell["length"] for cell in report["evidence"]["retrieval"]["cells"]] == [128]
+    assert Checkpoint(output).names()
+
+
+def assert_close(ours: Any, theirs: Any, where: str = "") -> None:
+    """The same JSON, numbers to 1e-6 of their size."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in theirs:
+            assert_close(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), where
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_close(one, other, f"{where}[{number}]")
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9), where
+    else:
+        assert ours == theirs, where
+
+
+def test_eval_measures_what_quantize_said(
+    source: Path, output: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    """One reads the finished files, the other measured on the way."""
+    measured = parsed("eval", output, "--against", source, *MEASURED, "--out", tmp_path / "r.json")
+    assert_close(measured["evidence"], report["evidence"])
+    assert measured["evidence"]["likelihood"]["kl_mean"] > 1e-5
+    assert measured["quantized"] == report["quantized"]
+    assert measured["source"] == report["source"]
+    assert json.loads((tmp_path / "r.json").read_text()) == measured
+
+
+def test_eval_of_a_model_against_itself(source: Path) -> None:
+    evidence = parsed("eval", source, "--against", source, *MEASURED)["evidence"]
+    assert evidence["likelihood"]["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert evidence["likelihood"]["top1_agreement"] == 1
+    assert [layer["agreement"] for layer in evidence["routing"]] == [1, 1]
+
+
+def test_a_table_for_people(source: Path, output: Path, report: dict[str, Any]) -> None:
+    found = ran("eval", output, "--against", source, *MEASURED)
+    assert found.exit_code == 0
+    for word in ("perplexity", "KL, mean", "top-1 agreement", "routing agreement", "retrieval"):
+        assert word in found.stdout
+
+
+def test_quantize_without_source_takes_the_pocket_model(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama4q.hub.POCKET_MODEL", source)
+    monkeypatch.chdir(tmp_path)
+    found = ran("quantize", *QUICK)
+    assert found.exit_code == 0, found.stderr
+    assert found.stderr.startswith("No SOURCE named: quantizing the pocket Llama 4 that comes with")
+    assert "Written to pocket-int4/" in found.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["pocket-int4"]
+    written = json.loads((tmp_path / "pocket-int4" / "report.json").read_text())
+    assert written["source"]["name"] == "pocket"
+
+
+def test_the_destination_is_named_after_source_and_recipe(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = ran("quantize", source, *QUICK, "--recipe", "fp8")
+    assert found.exit_code == 0, found.stderr
+    assert "No SOURCE named" not in found.stderr
+    assert (tmp_path / f"{source.name}-fp8" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        (["--method", "rtn"], False),
+        (["--recipe", "int8.toml"], False),
+        (["--dtype", "bfloat16"], False),
+        (["--seed", "1"], True),
+        (["--samples", "5"], True),
+        (["--length", "65"], True),
+        (["--calibration", "own.txt"], True),
+    ],
+)
+def test_options_change_what_is_written(
+    options: list[str],
+    drawn: bool,
+    source: Path,
+    output: Path,
+    report: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "int8.toml").write_text('[schemes]\nexperts = "int8"\nshared_expert = "int4"\n')
+    (tmp_path / "own.txt").write_text("One two three four five six seven. " * 200)
+    changed = parsed("quantize", source, "out", *QUICK, *options)
+    assert weights(tmp_path / "out") != weights(output)
+    assert (changed["calibration"]["digest"] != report["calibration"]["digest"]) == drawn
+    likelihood, before = changed["evidence"]["likelihood"], report["evidence"]["likelihood"]
+    assert likelihood["digest"] == before["digest"]
+    assert likelihood["kl_mean"] != before["kl_mean"]
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--eval-windows", "3"], "likelihood"),
+        (["--eval-length", "65"], "likelihood"),
+        (["--eval-text", "own.txt"], "likelihood"),
+        (["--needle-lengths", "130"], "retrieval"),
+        (["--needle-depths", "0.1,0.9"], "retrieval"),
+        (["--needles", "2"], "retrieval"),
+    ],
+)
+def test_options_change_what_is_measured(
+    options: list[str],
+    key: str,
+    source: Path,
+    output: Path,
+    report: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("One two three four five six seven. " * 200)
+    evidence = parsed("eval", output, "--against", source, *MEASURED, *options)["evidence"]
+    assert evidence[key]["digest"] != report["evidence"][key]["digest"]
+
+
+def test_the_same_command_gives_the_same_bytes(
+    source: Path, output: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    again = parsed("quantize", source, tmp_path / "again", *QUICK)
+    assert weights(tmp_path / "again") == weights(output)
+    assert again["evidence"] == report["evidence"]
+    assert again["files"] == report["files"]
+
+
+def test_inspect(source: Path, output: Path, report: dict[str, Any]) -> None:
+    found = parsed("inspect", source)
+    assert (found["layers"], found["experts"], found["hidden_size"]) == (2, 2, 128)
+    assert found["bytes"] == report["source"]["bytes"]
+    assert parsed("inspect", output)["bytes"] == report["quantized"]["bytes"]
+    assert "routed experts" in ran("inspect", source).stdout
+
+
+def test_fit_answers_with_its_exit_code(source: Path) -> None:
+    large = ("fit", source, "--context", "4096")
+    small = (*large, "--gpu-memory", "1GB")
+    assert parsed(*large)["fits"] is True
+    assert ran(*large).exit_code == 0
+    found = ran(*small, "--json")
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)["fits"] is False
+    assert ran(*small).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ([], 0),
+        (["--max-kl", "0.004"], 0),
+        (["--max-kl", "0.0039"], 1),
+        (["--max-kl-p99", "0.01"], 1),
+        (["--min-top1", "0.98"], 1),
+        (["--max-perplexity-increase", "0.001"], 1),
+        (["--min-retrieval", "0.999"], 1),
+        (["--min-routing", "0.96"], 1),
+        (["--max-fallbacks", "0"], 0),
+        (["--baseline", "baseline.json"], 1),
+        (["--baseline", "report.json"], 0),
+    ],
+)
+def test_check_answers_with_its_exit_code(
+    options: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    better = json.loads(json.dumps(GOOD))
+    better["evidence"]["likelihood"]["kl_mean"] = 0.0001
+    (tmp_path / "report.json").write_text(json.dumps(GOOD))
+    (tmp_path / "baseline.json").write_text(json.dumps(better))
+    monkeypatch.chdir(tmp_path)
+    found = ran("check", "report.json", *options)
+    assert found.exit_code == code
+    assert found.stderr == ""
+    as_json = ran("check", "report.json", *options, "--json")
+    assert as_json.exit_code == code
+    assert json.loads(as_json.stdout)["passed"] is (code == 0)
+
+
+def test_check_takes_the_report_of_a_run(output: Path, report: dict[str, Any]) -> None:
+    path = output / "report.json"
+    assert ran("check", path, "--max-kl", "1", "--max-fallbacks", "0").exit_code == 0
+    assert ran("check", path, "--max-kl", "0").exit_code == 1
+    assert ran("check", path, "--baseline", path).exit_code == 0
+
+
+def test_ctrl_c_says_how_to_go_on(
+    source: Path, output: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    """Interrupted in the second layer; the same command then writes the same bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibrate.layer.pack", interrupted_after(9))
+        found = ran("quantize", source, tmp_path / "out", *QUICK)
+    assert found.exit_code == 1
+    assert found.stderr.endswith("\nStopped. Repeat the command to go on where it stopped.\n")
+    again = ran("quantize", source, tmp_path / "out", *QUICK)
+    assert again.exit_code == 0
+    assert "layer 0 was written before: checked and replayed" in again.stderr
+    assert weights(tmp_path / "out") == weights(output)
+
+
+def interrupted_after(calls: int) -> Callable[..., Any]:
+    """`pack`, until Ctrl-C is pressed."""
+    from llama4q.packing import pack
+
+    left = [calls]
+
+    def pressed(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return pack(*arguments)
+
+    return pressed

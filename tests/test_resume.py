@@ -1,0 +1,265 @@
+"""A run that was stopped goes on where it was and ends with the very same bytes.
+
+The authority is an undisturbed run. tests/kill_runs.py does the killing, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibrate.layer import GroupReport
+from llama4q.checkpoint import INDEX, WORK, Checkpoint
+from llama4q.errors import UserError
+from llama4q.recipe import Recipe, load_recipe
+
+from . import runs, tiny
+from .kill_runs import (
+    ANYWHERE,
+    AT_INDEX,
+    CHAIN,
+    FINISHED,
+    FINISHING,
+    LAST_STEPS,
+    LAYERS,
+    differences,
+)
+
+ROOT = Path(__file__).parent.parent
+SMALL = tiny.Variant(layers=3, experts=2, rope_scaling=tiny.SCOUT_ROPE)
+GROUPS = 6  # in each of SMALL's layers
+
+
+class Stopped(BaseException):
+    """As KeyboardInterrupt: nothing in the program may catch it."""
+
+
+class StopAt(runs.Quiet):
+    """A Progress that stops the run when so many groups are done."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.left = groups
+
+    def group(self, report: GroupReport) -> None:
+        super().group(report)
+        self.left -= 1
+        if not self.left:
+            raise Stopped
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/kill_runs.py saw."""
+    folder = tmp_path_factory.mktemp("killed")
+    # one thread: on a busy machine OpenMP's threads wait for each other at every step
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.kill_runs", str(folder)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    seen: dict[str, Any] = json.loads(found.stdout)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("source"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    runs.run(source, folder)
+    return folder
+
+
+def phase(kill: dict[str, Any]) -> str:
+    named = {0: "no layer yet", LAST_STEPS: "last steps", FINISHED: "finished"}
+    return named.get(kill["progress"], "layers")
+
+
+def stopped(source: Path, folder: Path, groups: int) -> Path:
+    """A folder as a run leaves it that is stopped after so many groups."""
+    with pytest.raises(Stopped):
+        runs.run(source, folder, progress=StopAt(groups))
+    return folder
+
+
+def resumed(source: Path, folder: Path, reference: Path) -> runs.Quiet:
+    """Go on to the end; the same files as the reference's, nothing left of the work folder."""
+    progress = runs.Quiet()
+    runs.run(source, folder, progress=progress)
+    assert list(differences(reference, folder)) == []
+    assert not (folder / WORK).exists()
+    return progress
+
+
+def flip_byte(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_killed_anywhere_and_resumed(killed: dict[str, Any]) -> None:
+    """SIGKILL at 20 random moments of the whole run and of its last steps, and at the index."""
+    kills = killed["kills"]
+    phases = Counter(phase(kill) for kill in kills)
+    print(f"killed in phase: {dict(phases)}")
+    assert ANYWHERE + FINISHING == 20
+    assert sum(phases.values()) == 20 + AT_INDEX
+    assert phases["no layer yet"] >= 1
+    assert phases["layers"] >= 5
+    assert phases["last steps"] + phases["finished"] >= 2
+    assert len({kill["progress"] for kill in kills}) >= LAYERS
+    for kill in kills:
+        assert kill["differences"] == [], kill
+        assert kill["is_checkpoint"] == kill["has_index"] == kill["complete"], kill
+        if kill["code"]:  # killed so late that the checkpoint was complete
+            assert phase(kill) == "finished", kill
+            assert kill["said"].endswith(
+                "already holds a finished checkpoint; choose another folder or delete it"
+            )
+
+
+def test_killed_again_and_again(killed: dict[str, Any]) -> None:
+    """One run, killed in each of its layers, is as far each time as it was before or further."""
+    chain = killed["chain"]
+    reached = [kill["progress"] for kill in chain]
+    assert len(chain) == CHAIN
+    assert reached == sorted(reached)
+    assert reached[-1] >= CHAIN - 1
+    assert chain[-1]["code"] == 0, chain[-1]["said"]
+    assert chain[-1]["differences"] == []
+
+
+@pytest.mark.parametrize("groups", [1, GROUPS, GROUPS + 1, 2 * GROUPS + 3])
+def test_layers_already_written_are_not_solved_again(
+    groups: int, source: Path, reference: Path, tmp_path: Path
+) -> None:
+    folder = stopped(source, tmp_path / "out", groups)
+    progress = resumed(source, folder, reference)
+    written = (groups - 1) // GROUPS
+    assert progress.layers_replayed == list(range(written))
+    assert len(progress.groups) == (SMALL.layers - written) * GROUPS
+
+
+def test_finishing_needs_no_layer(source: Path, reference: Path, tmp_path: Path) -> None:
+    """Stopped after the shards have their final names: no layer is read or run again."""
+    folder = without_publishing(source, tmp_path / "out")
+    progress = resumed(source, folder, reference)
+    assert progress.total == 0
+    assert not progress.groups
+    assert not progress.layers_replayed
+
+
+def without_publishing(source: Path, folder: Path) -> Path:
+    """A folder as it is just before the side files and the index are written."""
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama4q.checkpoint.CheckpointWriter.publish", stop)
+        with pytest.raises(Stopped):
+            runs.run(source, folder)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) == SMALL.layers + 1
+    with pytest.raises(UserError, match=r"neither .* here"):
+        Checkpoint(folder)
+    return folder
+
+
+@pytest.mark.parametrize("at", [0, 100, -1])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_damaged_layer_is_noticed_and_done_again(
+    layer: int, at: int, source: Path, reference: Path, tmp_path: Path
+) -> None:
+    folder = stopped(source, tmp_path / "out", 2 * GROUPS + 1)
+    flip_byte(folder / WORK / f"layer-{layer:05d}.000.safetensors", at)
+    assert resumed(source, folder, reference).layers_replayed == [1 - layer]
+
+
+def test_a_truncated_and_a_missing_layer_are_done_again(
+    source: Path, reference: Path, tmp_path: Path
+) -> None:
+    folder = stopped(source, tmp_path / "out", 2 * GROUPS + 1)
+    part = folder / WORK / "layer-00000.000.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    (folder / WORK / "layer-00001.000.safetensors").unlink()
+    assert resumed(source, folder, reference).layers_replayed == []
+
+
+def test_a_shard_damaged_while_finishing_is_refused(source: Path, tmp_path: Path) -> None:
+    folder = without_publishing(source, tmp_path / "out")
+    flip_byte(folder / "model-00002-of-00004.safetensors", -1)
+    with pytest.raises(UserError, match=r"model-00002-of-00004.safetensors changed after it was"):
+        runs.run(source, folder)
+    assert not (folder / INDEX).exists()
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    drawn = dataclasses.replace(recipe.calibration, seed=seed)
+    return dataclasses.replace(recipe, calibration=drawn)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda source: {"recipe": "int4-g32"}, r'recipe name .*"int4" then, "int4-g32" now'),
+        (
+            lambda source: {"recipe": with_seed(load_recipe("int4"), 5)},
+            r"recipe calibration seed .*0 then, 5 now",
+        ),
+        (
+            lambda source: {"calibration": runs.tokens(source, 4, 96, seed=8)},
+            r"calibration tokens .* then, .* now",
+        ),
+        (lambda source: {"dtype": torch.bfloat16}, r'dtype .*"float32" then, "bfloat16" now'),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    change: Callable[[Path], dict[str, Any]],
+    named: str,
+    source: Path,
+    reference: Path,
+    tmp_path: Path,
+) -> None:
+    folder = stopped(source, tmp_path / "out", GROUPS + 1)
+    with pytest.raises(UserError, match=rf"an unfinished run with another {named}"):
+        runs.run(source, folder, **change(source))
+    assert resumed(source, folder, reference).layers_replayed == [0]
+
+
+def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:
+    folder = stopped(source, tmp_path / "out", GROUPS + 1)
+    other = tiny.write(tmp_path / "other", dataclasses.replace(SMALL, experts=3))
+    with pytest.raises(UserError, match="an unfinished run with another source is here"):
+        runs.run(other, folder)
+
+
+def test_other_weights_under_the_same_names_are_noticed(source: Path, tmp_path: Path) -> None:
+    """Weights are not hashed at the start; what was copied from them is compared at the end."""
+    folder = stopped(source, tmp_path / "out", GROUPS + 1)
+    other = tiny.write(tmp_path / "other", SMALL, seed=1)
+    with pytest.raises(UserError, match=r"layers\.0\..* differs from the source"):
+        runs.run(other, folder)
+    assert not (folder / INDEX).exists()
+
+
+def test_a_finished_checkpoint_is_not_touched(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    runs.run(source, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(UserError, match="already holds a finished checkpoint"):
+        runs.run(source, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
