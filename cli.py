@@ -28,10 +28,11 @@ GPU = "h100-80gb"
 UNITS = {
     "bytes": "of all tensors",
     "tokens": "calibration tokens that reached an expert or a weight",
-    "error": "|X (W - Q)|^2 / |X W|^2 on calibration rows",
+    "error": "|X (W - Q)|^2 / |X W|^2 on calibration rows, W the weight that codes aim at",
     "hidden_error": "|x - y|^2 / |x|^2 of the hidden states after the layer",
     "shrinkage": "share of the Hessian of all tokens, 0 to 1",
     "damping": "of the Hessian's mean diagonal",
+    "correction": "share taken of the correction for what earlier layers damaged, 0 to 1",
     "seconds": "wall time",
 }
 

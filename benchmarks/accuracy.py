@@ -29,14 +29,15 @@ from llama4q.hub import resolve
 from llama4q.recipe import Method, Recipe, Solver, load_recipe
 from llama4q.text import load_tokenizer, parse_source
 
-PLAIN = Solver(damping=0.01, act_order=False, scale_points=1, shrinkage=False)
+PLAIN = Solver(damping=0.01, act_order=False, scale_points=1, shrinkage=False, correction=False)
 STEPS = {
     "int4 round to nearest": ("int4", Solver(method=Method.RTN)),
     "int4 GPTQ, plain": ("int4", PLAIN),
     "+ act-order": ("int4", dataclasses.replace(PLAIN, act_order=True)),
     "+ scale search": ("int4", dataclasses.replace(PLAIN, act_order=True, scale_points=20)),
-    "+ damping 0.003": ("int4", Solver(shrinkage=False)),
-    "+ shrinkage (default)": ("int4", Solver()),
+    "+ damping 0.003": ("int4", Solver(shrinkage=False, correction=False)),
+    "+ shrinkage": ("int4", Solver(correction=False)),
+    "+ correction (default)": ("int4", Solver()),
     "int4-g32 round to nearest": ("int4-g32", Solver(method=Method.RTN)),
     "int4-g32 (default)": ("int4-g32", Solver()),
     "int4-fp8 (default)": ("int4-fp8", Solver()),

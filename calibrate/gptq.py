@@ -34,6 +34,14 @@ class Factor:
     damping: float  # of the mean diagonal, after retries
     attempts: int
 
+    def divide(self, right: torch.Tensor) -> torch.Tensor:
+        """The damped Hessian's inverse times `right [I, O]`."""
+        diagonal = self.importance[self.order].sqrt()
+        lower = self.correction.T * diagonal
+        found = torch.empty_like(right)
+        found[self.order] = torch.cholesky_solve(right[self.order], lower)
+        return found
+
 
 def factorize(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor | None:
     """Factor an F32 Hessian `[I, I]` after adding `damping` times its mean diagonal.

@@ -22,6 +22,10 @@ class Hessian:
     tokens: int
     shrinkage: float = 0.0
 
+    def blended(self, pool: Hessian, share: float) -> Hessian:
+        """(1 - share) of this and `share` of `pool`."""
+        return Hessian(torch.lerp(self.matrix, pool.matrix, share), self.tokens, share)
+
 
 def measure(batches: Iterable[torch.Tensor], inputs: int) -> Hessian:
     """The Hessian of rows `[N, I]`, given in batches. Products of BF16 are exact in F32."""
@@ -57,4 +61,4 @@ def shrink(own: Hessian, pool: Hessian, rows: torch.Tensor) -> Hessian:
     )
     noise = (fourth / own.tokens - estimate.square().sum()) / own.tokens
     share = float((noise / distance).clamp(0, 1))
-    return Hessian(torch.lerp(own.matrix, pool.matrix, share), own.tokens, share)
+    return own.blended(pool, share)

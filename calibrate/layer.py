@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llama4q.config import ModelConfig
-from llama4q.model import DecoderLayer, Linear, Mlp, Routing, attention, feed_forward_input, route
+from llama4q.model import DecoderLayer, Linear, Mlp, Moe, attention, feed_forward_input, route
 from llama4q.packing import pack
 from llama4q.recipe import Method, Recipe, Solver
 from llama4q.schemes import (
@@ -28,11 +28,10 @@ from llama4q.weights import DOWN, GATE, UP, Component
 
 from .gptq import choose_scales, factorize, solve
 from .hessian import Hessian, measure, shrink
+from .target import Pair, corrected
 
 POOL_ROWS = 2  # times the inputs: rows of other tokens that a blend is estimated from
 ERROR_ROWS = 1024  # rows that the reported error is measured on
-
-Rows = list[torch.Tensor]  # one [N, I] a batch
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,10 @@ class GroupReport:
     name: str
     scheme: str
     tokens: int  # rows that its Hessian was measured on
-    error: float | None  # |X (W - Q)|^2 / |X W|^2 on calibration rows; None without any
+    error: float | None  # |X (W - Q)|^2 / |X W|^2 for the W aimed at; None without rows
     shrinkage: float  # share of the pooled Hessian
     damping: float  # of the mean diagonal; 0 where nothing was factored
+    correction: float  # share of the correction for what earlier layers damaged; 0 to 1
     seconds: float
 
 
@@ -82,68 +82,114 @@ class LayerQuantizer:
         self.report = report
         self.result = LayerResult()
 
-    def quantize(self, layer: DecoderLayer, batches: Rows) -> LayerResult:
-        """Find the codes of `layer` for hidden states `[S, T, D]` that enter it, in batches."""
-        mixed = [attention(self.config, layer, hidden) for hidden in batches]
-        output = self._o_proj(layer.o, mixed)
-        inputs = [
-            feed_forward_input(self.config, layer, hidden + output(rows))
-            for hidden, rows in zip(batches, mixed, strict=True)
-        ]
-        del mixed
-        feed_forward = layer.feed_forward
+    def quantize(
+        self, layer: DecoderLayer, served: list[torch.Tensor], plain: list[torch.Tensor]
+    ) -> LayerResult:
+        """Find the codes of `layer`, given the hidden states `[S, T, D]` that enter it.
+
+        `served` are those of the quantized model, `plain` those of the original, in batches.
+        """
+        half = torch.cat([_halves_of(hidden) for hidden in served])
+        mixed, original = (
+            torch.cat([attention(self.config, layer, hidden).flatten(0, 1) for hidden in stream])
+            for stream in (served, plain)
+        )
+        entered, entered_plain = (
+            torch.cat([hidden.flatten(0, 1) for hidden in stream]) for stream in (served, plain)
+        )
+        pair = Pair(mixed, original, entered_plain - entered, half)
+        output = self._o_proj(layer.o, pair)
+        hidden, hidden_plain = entered + output(mixed), entered_plain + layer.o(original)
+        inputs = Pair(
+            feed_forward_input(self.config, layer, hidden[None]),
+            feed_forward_input(self.config, layer, hidden_plain[None]),
+            None,
+            half,
+        )
+        lacking = hidden_plain - hidden
         name = f"{self.prefix}feed_forward"
-        if isinstance(feed_forward, Mlp):
-            self._mlp(name, feed_forward, inputs, Component.DENSE)
-            return self.result
-        self._mlp(f"{name}.shared_expert", feed_forward.shared, inputs, Component.SHARED_EXPERT)
-        routings = [route(feed_forward, rows) for rows in inputs]
-        scaled = [rows * routing.score for rows, routing in zip(inputs, routings, strict=True)]
-        pool = self._pool(scaled)
-        for number, expert in enumerate(feed_forward.experts):
-            mine = [rows[where] for rows, where in _routed(scaled, routings, number)]
-            self.result.expert_tokens.append(sum(len(rows) for rows in mine))
-            self._mlp(f"{name}.experts.{number}", expert, mine, Component.EXPERTS, scaled, pool)
+        if isinstance(layer.feed_forward, Mlp):
+            self._mlp(name, layer.feed_forward, inputs, lacking, Component.DENSE)
+        else:
+            self._moe(name, layer.feed_forward, inputs, lacking)
         return self.result
 
-    def _o_proj(self, linear: Linear, mixed: Rows) -> Linear:
+    def _moe(self, name: str, moe: Moe, inputs: Pair, lacking: torch.Tensor) -> None:
+        """The shared expert, then the routed ones on what the served stream sends them."""
+        shared = self._mlp(
+            f"{name}.shared_expert", moe.shared, inputs, lacking, Component.SHARED_EXPERT
+        )
+        lacking = lacking + moe.shared(inputs.original) - shared(inputs.served)
+        served, plain = route(moe, inputs.served), route(moe, inputs.original)
+        rows = inputs.served * served.score
+        # A token that the original sent to another expert has no original input to this one.
+        same = (served.expert == plain.expert)[:, None]
+        scaled = Pair(
+            rows,
+            torch.where(same, inputs.original * plain.score, rows),
+            None,
+            inputs.half,
+        )
+        lacking = torch.where(same, lacking, 0)
+        pool = self._pool(scaled.served)
+        for number, expert in enumerate(moe.experts):
+            where = served.rows(number)
+            mine = scaled.rows(where)
+            self.result.expert_tokens.append(len(mine.half))
+            self._mlp(
+                f"{name}.experts.{number}",
+                expert,
+                mine,
+                lacking[where],
+                Component.EXPERTS,
+                scaled.served,
+                pool,
+            )
+
+    def _o_proj(self, linear: Linear, pair: Pair) -> Linear:
         """Quantize the attention's output projection; returns it as an engine will apply it."""
         scheme = self.schemes[Component.O_PROJ]
         if not scheme.quantizes:
             return linear
         name = f"{self.prefix}self_attn.o_proj"
-        found = self._weight(name, linear.weight, [rows.flatten(0, 1) for rows in mixed], scheme)
+        found = self._weight(name, linear.weight, pair, scheme)
         self.result.tensors += pack(name, found)
         return as_served(found, linear.weight.dtype)
 
-    def _pool(self, scaled: Rows) -> Hessian | None:
+    def _pool(self, scaled: torch.Tensor) -> Hessian | None:
         """The moments of all tokens, which experts with few tokens are blended with."""
         scheme = self.schemes[Component.EXPERTS]
         if not (_uses_hessian(scheme, self.solver) and self.solver.shrinkage):
             return None
-        return measure(scaled, self.config.hidden_size)
+        return measure([scaled], self.config.hidden_size)
 
     def _mlp(
         self,
         name: str,
         mlp: Mlp,
-        rows: Rows,
+        rows: Pair,
+        lacking: torch.Tensor,
         component: Component,
-        everyone: Rows | None = None,
+        everyone: torch.Tensor | None = None,
         pool: Hessian | None = None,
-    ) -> None:
-        """Quantize gate and up together, then down on what the quantized pair makes of `rows`."""
+    ) -> Mlp:
+        """Quantize gate and up together, then down on what the quantized pair makes of `rows`.
+
+        Returns the feed-forward as an engine will apply it. Only down can make up for what the
+        residual stream lacks.
+        """
         scheme = self.schemes[component]
         if not scheme.quantizes:
             if component is Component.EXPERTS:
                 self.result.tensors += _unfused(name, mlp)
-            return
+            return mlp
+        dtype = mlp.down.weight.dtype
         pair = self._weight(f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, pool)
-        served = Mlp(as_served(pair, mlp.gate_up.weight.dtype), mlp.down)
-        hidden = [served.hidden(batch) for batch in rows]
+        served = Mlp(as_served(pair, dtype), mlp.down)
         down_pool = None
         if pool is not None and everyone is not None:
             down_pool = self._down_pool(served, everyone)
+        hidden = Pair(served.hidden(rows.served), mlp.hidden(rows.original), lacking, rows.half)
         down = self._weight(f"{name}.{DOWN}", mlp.down.weight, hidden, scheme, down_pool)
         gate, up = _halves(pair)
         self.result.tensors += [
@@ -151,62 +197,82 @@ class LayerQuantizer:
             *pack(f"{name}.{UP}", up),
             *pack(f"{name}.{DOWN}", down),
         ]
+        return Mlp(served.gate_up, as_served(down, dtype))
 
-    def _down_pool(self, served: Mlp, everyone: Rows) -> Hessian:
+    def _down_pool(self, served: Mlp, everyone: torch.Tensor) -> Hessian:
         """Moments of down's input if a sample of all tokens went through this expert."""
         size = self.config.expert_size
-        return measure((served.hidden(rows) for rows in _spaced(everyone, POOL_ROWS * size)), size)
+        return measure([served.hidden(_spaced(everyone, POOL_ROWS * size))], size)
 
     def _weight(
         self,
         name: str,
         weight: torch.Tensor,
-        batches: Rows,
+        pair: Pair,
         scheme: Scheme,
         pool: Hessian | None = None,
     ) -> QuantizedWeight:
         """Codes of one in-major weight for its input rows, with a report of how they were found."""
         began = time.perf_counter()
         exact = weight.float()
-        rows = torch.cat(batches)
-        shrinkage = damping = 0.0
         if _uses_hessian(scheme, self.solver):
-            hessian = measure([rows], len(weight))
-            if pool is not None:
-                hessian = shrink(hessian, pool, rows)
-            found, damping = self._solve(name, exact, hessian, scheme)
-            shrinkage = hessian.shrinkage
+            solved = self._solve(name, exact, pair, pool, scheme)
         else:
-            found = round_to_nearest(exact, scheme)
+            solved = _Solved(round_to_nearest(exact, scheme), exact)
         report = GroupReport(
             name=name,
             scheme=scheme.name,
-            tokens=len(rows),
-            error=output_error(exact, found.dequantize(), rows),
-            shrinkage=shrinkage,
-            damping=damping,
+            tokens=len(pair.half),
+            error=output_error(solved.aim, solved.found.dequantize(), pair.served),
+            shrinkage=solved.shrinkage,
+            damping=solved.damping,
+            correction=solved.correction,
             seconds=time.perf_counter() - began,
         )
         self.result.groups.append(report)
         self.report(report)
-        return found
+        return solved.found
 
     def _solve(
-        self, name: str, weight: torch.Tensor, hessian: Hessian, scheme: Scheme
-    ) -> tuple[QuantizedWeight, float]:
-        if hessian.tokens == 0 and hessian.shrinkage:
-            self._rescue(name, "no tokens", "no calibration token reached it; pooled Hessian used")
+        self, name: str, weight: torch.Tensor, pair: Pair, pool: Hessian | None, scheme: Scheme
+    ) -> _Solved:
+        """GPTQ on the corrected weight; whatever does not go the usual way is named."""
+        hessian = measure([pair.served], len(weight))
+        if pool is not None:
+            hessian = shrink(hessian, pool, pair.served)
+            if hessian.tokens == 0:
+                self._rescue(name, "no tokens", "no calibration token reached it: pooled Hessian")
         factor = factorize(hessian.matrix, self.solver.damping, self.solver.act_order)
         if factor is None:
             self._rescue(name, "fallback", "its Hessian does not factor; rounded to nearest")
-            return round_to_nearest(weight, scheme), 0.0
+            return _Solved(round_to_nearest(weight, scheme), weight)
         if factor.attempts > 1:
             self._rescue(name, "damping", f"raised to {factor.damping:g} before it factored")
+        share = hessian.shrinkage
+
+        def blended(own: Hessian) -> Hessian:
+            return own if pool is None else own.blended(pool, share)
+
+        correction = 0.0
+        if self.solver.correction:
+            weight, correction = corrected(weight, pair, factor, blended)
         scales = choose_scales(weight, factor.importance, scheme, self.solver.scale_points)
-        return solve(weight, factor, scales, scheme), factor.damping
+        found = solve(weight, factor, scales, scheme)
+        return _Solved(found, weight, share, factor.damping, correction)
 
     def _rescue(self, name: str, kind: str, detail: str) -> None:
         self.result.rescues.append(Rescue(name, kind, detail))
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """The codes of a weight, the weight they aimed at, and how they were found."""
+
+    found: QuantizedWeight
+    aim: torch.Tensor
+    shrinkage: float = 0.0
+    damping: float = 0.0
+    correction: float = 0.0
 
 
 def _uses_hessian(scheme: Scheme, solver: Solver) -> bool:
@@ -223,22 +289,20 @@ def output_error(weight: torch.Tensor, found: torch.Tensor, rows: torch.Tensor) 
     """The share of the output's energy that quantizing loses, on at most ERROR_ROWS rows."""
     if not len(rows):
         return None
-    sample = torch.cat(_spaced([rows], ERROR_ROWS)).float()
+    sample = _spaced(rows, ERROR_ROWS).float()
     total = (sample @ weight).square().sum()
     return float((sample @ (weight - found)).square().sum() / total) if total > 0 else 0.0
 
 
-def _routed(
-    scaled: Rows, routings: list[Routing], number: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for rows, routing in zip(scaled, routings, strict=True):
-        yield rows, routing.rows(number)
+def _spaced(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """About `count` rows, evenly spaced; all of them when there are fewer."""
+    return rows[:: max(1, len(rows) // count)]
 
 
-def _spaced(batches: Rows, count: int) -> Rows:
-    """About `count` rows, evenly spaced over all batches; all of them when there are fewer."""
-    stride = max(1, sum(len(rows) for rows in batches) // count)
-    return [rows[::stride] for rows in batches]
+def _halves_of(hidden: torch.Tensor) -> torch.Tensor:
+    """Which half each token of `[S, T, D]` belongs to, `[S * T]` bool: every other sequence."""
+    sequences, length = hidden.shape[:2]
+    return (torch.arange(sequences) % 2 == 1).repeat_interleave(length)
 
 
 def _halves(pair: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:

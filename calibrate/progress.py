@@ -41,9 +41,10 @@ class Bar:
     def group(self, report: GroupReport) -> None:
         error = "" if report.error is None else f"{report.error:.2%}"
         blend = f"  blended {report.shrinkage:.0%}" if report.shrinkage else ""
+        mended = f"  corrected {report.correction:.0%}" if report.correction else ""
         self.phase(
             f"{_short(report.name):40} {report.scheme:9}{report.tokens:9,} tokens  "
-            f"error {error:>7}{report.seconds:8.2f} s{blend}"
+            f"error {error:>7}{report.seconds:8.2f} s{blend}{mended}"
         )
         self._bar.update()
 

@@ -163,7 +163,7 @@ class Run:
         """Solve and write a layer, move both streams through it, and return it as written."""
         index = layer.index
         quantizer = LayerQuantizer(self.config, self.job.recipe, index, self.progress.group)
-        result = quantizer.quantize(layer, served)
+        result = quantizer.quantize(layer, served, plain)
         for rescue in result.rescues:
             self.progress.rescue(rescue)
         tensors = [*self._kept(index), *result.tensors]

@@ -48,6 +48,7 @@ class Solver:
     act_order: bool = True  # input features with large activations first
     scale_points: int = 20  # candidate scales a group; 1 keeps the abs-max scale
     shrinkage: bool = True  # blend the Hessians of experts with few tokens
+    correction: bool = True  # make up for what earlier layers damaged
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The user's mistakes, at the command line: one line that names the thing, exit code 1, no harm.
 
-The list is the project's own ("Bad input" in docs/design.md). No command here may end in a
+The rule is that of "Errors" in docs/guide.md. No command here may end in a
 traceback, touch its source, or leave a folder behind when nothing was worth keeping.
 """
 

@@ -76,6 +76,7 @@ def test_expert_tokens_against_transformers(tmp_path: Path) -> None:
         {"act_order": False},
         {"scale_points": 1},
         {"shrinkage": False},
+        {"correction": False},
     ],
 )
 def test_each_setting_changes_the_codes(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""The two-stream target against an ordinary least-squares solver, and its cross-fitted share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibrate.gptq import factorize
+from calibrate.hessian import Hessian, measure
+from calibrate.target import Pair, corrected
+
+INPUTS, OUTPUTS = 24, 12
+
+
+def untouched(own: Hessian) -> Hessian:
+    return own
+
+
+def streams(
+    tokens: int, damage: float, noise: float, lack: float = 0.3, seed: int = 0
+) -> tuple[torch.Tensor, Pair]:
+    """A weight, and inputs that earlier layers damaged: partly in a way that can be made up for."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(INPUTS, INPUTS, generator=generator)
+    original = torch.randn(tokens, INPUTS, generator=generator) @ mixing
+    spoiled = torch.eye(INPUTS) + damage * torch.randn(INPUTS, INPUTS, generator=generator)
+    served = original @ spoiled + noise * torch.randn(tokens, INPUTS, generator=generator)
+    lacking = lack * torch.randn(tokens, OUTPUTS, generator=generator)
+    weight = torch.randn(INPUTS, OUTPUTS, generator=generator)
+    half = torch.arange(tokens) // 8 % 2 == 1
+    return weight, Pair(served, original, lacking, half)
+
+
+def target(weight: torch.Tensor, pair: Pair, damping: float) -> tuple[torch.Tensor, float]:
+    factor = factorize(measure([pair.served], INPUTS).matrix, damping, act_order=True)
+    assert factor is not None
+    return corrected(weight, pair, factor, untouched)
+
+
+def test_full_correction_against_lstsq() -> None:
+    """With tokens in plenty alpha is nearly 1, and W* is the least-squares answer."""
+    weight, pair = streams(20_000, damage=0.1, noise=0.01)
+    found, alpha = target(weight, pair, 1e-8)
+    assert pair.lacking is not None
+    wanted = pair.original @ weight + pair.lacking
+    best = torch.linalg.lstsq(pair.served.double(), wanted.double()).solution
+    assert alpha == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(found.double(), best, atol=0.02, rtol=0)
+    assert (best - weight).abs().max() > 0.2
+
+
+def test_what_is_lacking_is_part_of_the_target() -> None:
+    weight, pair = streams(20_000, damage=0.1, noise=0.01)
+    bias = pair.served @ torch.ones(INPUTS, OUTPUTS)
+    shifted = Pair(pair.served, pair.original, pair.lacking + bias, pair.half)  # type: ignore[operator]
+    difference = target(weight, shifted, 1e-8)[0] - target(weight, pair, 1e-8)[0]
+    torch.testing.assert_close(difference, torch.ones(INPUTS, OUTPUTS), atol=0.03, rtol=0)
+
+
+def test_streams_that_agree_leave_the_weight_alone() -> None:
+    weight, pair = streams(500, damage=0.0, noise=0.0)
+    same = Pair(pair.original, pair.original, None, pair.half)
+    found, alpha = target(weight, same, 0.003)
+    assert alpha == 0
+    assert torch.equal(found, weight)
+
+
+def test_the_share_falls_with_the_tokens() -> None:
+    """On few tokens the correction is mostly noise, and hurts on other tokens if taken whole."""
+    truth = streams(20_000, damage=0.02, noise=0.1, lack=8.0, seed=1)
+    shares, whole, shared = [], [], []
+    for tokens in (32, 200, 20_000):
+        weight, every = truth
+        pair = every.rows(torch.arange(tokens))
+        found, alpha = target(weight, pair, 0.003)
+        shares.append(alpha)
+
+        def loss(
+            candidate: torch.Tensor, every: Pair = every, weight: torch.Tensor = weight
+        ) -> float:
+            assert every.lacking is not None
+            wanted = every.original @ weight + every.lacking
+            return float((wanted - every.served @ candidate).square().mean())
+
+        shared.append(loss(found) / loss(weight))
+        whole.append(loss(weight + (found - weight) / max(alpha, 1e-9)) / loss(weight))
+    assert shares == sorted(shares)
+    assert shared[0] < whole[0] - 0.1
+    assert whole[0] > 1.1
+    assert all(ratio < 1.02 for ratio in shared)
+
+
+def test_one_half_without_tokens_corrects_nothing() -> None:
+    weight, pair = streams(100, damage=0.1, noise=0.1)
+    lonely = pair.rows(torch.nonzero(pair.half).squeeze(1))
+    assert target(weight, lonely, 0.003)[1] == 0
