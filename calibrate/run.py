@@ -20,7 +20,13 @@ from typing import Any
 import torch
 
 from llama4q import __version__
-from llama4q.checkpoint import Checkpoint, CheckpointWriter, refuse_foreign_files, to_json
+from llama4q.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    fingerprint,
+    refuse_foreign_files,
+    to_json,
+)
 from llama4q.config import ModelConfig, read_config
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
@@ -28,7 +34,7 @@ from llama4q.model import DecoderLayer
 from llama4q.recipe import Recipe, check_recipe
 from llama4q.stream import LayerObserver, advance, check_tokens, embed, prefetched
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
-from llama4q.weights import LayerReader, check_finite, layer_of
+from llama4q.weights import LayerReader, check_finite, check_layout, layer_of
 
 from .layer import LayerQuantizer
 from .progress import Progress
@@ -83,6 +89,7 @@ class Run:
         self.config = read_config(job.source)
         refuse_early(job.source, job.destination, job.recipe, self.config)
         self.source = Checkpoint(job.source)
+        check_layout(self.source, self.config)
         check_tokens(self.config.vocab_size, job.tokens)
         self._check_disk()
         self.observer = observer
@@ -99,13 +106,10 @@ class Run:
 
     def _run_key(self) -> dict[str, Any]:
         """Whatever bytes and report depend on: a rerun with another key is another run."""
-        layout = {
-            name: [list(info.shape), str(info.dtype)] for name, info in self.source.infos.items()
-        }
         config_bytes = (self.job.source / "config.json").read_bytes()
         return {
             "llama4q": __version__,
-            "source": hashlib.sha256(config_bytes + to_json(layout)).hexdigest(),
+            "source": f"{fingerprint(self.source)} {hashlib.sha256(config_bytes).hexdigest()}",
             "recipe": self.job.recipe.to_json(),
             "calibration tokens": self.job.digest,
             "dtype": str(self.job.dtype).removeprefix("torch."),

@@ -6,6 +6,7 @@ The Hub's protocol, cache and progress bars are huggingface_hub's. Knows nothing
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,10 +51,10 @@ def resolve(name: str) -> Source:
     """
     if name == POCKET:
         return Source(POCKET_MODEL, POCKET)
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False where a folder may not be entered; pathlib raises
         return Source(Path(name), name)
     match = _HUB_ID.fullmatch(name)
-    if match is None or Path(name).exists():
+    if match is None or os.path.exists(name):
         raise _neither(name)
     repo = match["repo"]
     with _named_errors(repo, match["revision"]):

@@ -107,10 +107,11 @@ def positive(scales: torch.Tensor) -> torch.Tensor:
 
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     """Plain rounding of an in-major weight `[I, O]` with `absmax_scales`; needs no data."""
-    scales = absmax_scales(weight, scheme)
+    stored = storable(absmax_scales(weight, scheme))
     if scheme.kind is Kind.FLOAT8:
-        return QuantizedWeight(scheme, to_float8(weight.float() / scales), scales)
-    stored = storable(scales)
+        # F32 on disk, as vLLM holds them, with BF16's values, to which transformers rounds them
+        exact = stored.float()
+        return QuantizedWeight(scheme, to_float8(weight.float() / exact), exact)
     inputs, outputs = weight.shape
     grouped = weight.float().view(stored.shape[0], -1, outputs)
     codes = torch.round(grouped / stored.float()[:, None, :])
@@ -119,7 +120,7 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
 
 
 def storable(scales: torch.Tensor) -> torch.Tensor:
-    """INT scales as they are stored, BF16. Codes must be found against these, not the F32 ones."""
+    """Scales as engines will have them, BF16. Codes must be found against these, not F32 ones."""
     return positive(scales.to(torch.bfloat16))
 
 

@@ -97,5 +97,5 @@ def check_activations(index: int, hidden: torch.Tensor) -> None:
     if not torch.isfinite(hidden).all():
         raise UserError(
             f"layer {index}: the hidden states are NaN or Inf after this layer; "
-            f"its weights are damaged, or bfloat16 overflows: try --dtype float32"
+            f"its weights are damaged, download the checkpoint again"
         )

@@ -134,6 +134,40 @@ class LayerReader:
         return tensor.to(self.dtype)
 
 
+class _Headers(Checkpoint):
+    """A checkpoint's tensors without their values, on the meta device."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.folder, self.infos = checkpoint.folder, checkpoint.infos
+
+    def get(self, name: str) -> torch.Tensor:
+        info = self.info(name)
+        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+    def get_row(self, name: str, row: int) -> torch.Tensor:
+        return self.get(name)[row]
+
+
+class _LayoutReader(LayerReader):
+    """Reads headers alone, so there is no value to check or cast."""
+
+    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        del name
+        return tensor
+
+
+def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raises UserError for the first tensor of an original that is missing or misshapen.
+
+    Reads headers only, so that hours of work are not lost to the last layer's.
+    """
+    reader = _LayoutReader(_Headers(checkpoint), config, torch.bfloat16)
+    reader.embedding()
+    reader.head()
+    for index in range(config.num_layers):
+        reader.layer(index)
+
+
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises UserError with the tensor's name when it holds NaN or Inf."""
     if not torch.isfinite(tensor).all():

@@ -256,7 +256,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape(source: Path) -> None:
         "quantize", source, source.parent / "out", *QUICK
     )
     other = tiny.write(source.parent / "x", VARIANT, replace={name: torch.zeros(128, 64)})
-    line = stopped(with_tokenizer(other))
+    line = mistake("quantize", with_tokenizer(other), other.parent / "out", *QUICK)
     assert f"{name} has shape (128, 64), config.json says (128, 128)" in line
 
 
@@ -420,7 +420,7 @@ def test_a_text_that_is_not_there(sound: Path, tmp_path: Path) -> None:
         (["--eval-length", "4097"], "evaluation on 4097 tokens, but the model reads at most 4096"),
         (["--needle-lengths", "128,5000"], "evaluation on 5000 tokens, but the model reads at mos"),
         (["--needle-lengths", "8"], "Length 8 is too short for a needle and its question"),
-        (["--needle-lengths", "long"], "needle prompts: invalid literal"),
+        (["--needle-lengths", "long"], "give numbers with commas between, as 1024,4096"),
         (["--needle-depths", "1.5"], "Depth 1.5 is outside 0 to 1"),
         (["--gpu", "h100-80"], "unknown GPU 'h100-80'"),
     ],

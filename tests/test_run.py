@@ -14,6 +14,7 @@ from calibrate.hessian import Hessian
 from calibrate.run import predicted_bytes
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import read_config
+from llama4q.errors import UserError
 from llama4q.recipe import Calibration, Method, Recipe, Solver, load_recipe
 from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
@@ -157,3 +158,24 @@ def test_defaults_are_those_of_the_issue() -> None:
     for name in ("int4", "mixed"):
         assert load_recipe(name).calibration == Calibration()
         assert load_recipe(name).solver == Solver()
+
+
+def test_a_misshapen_last_layer_is_refused_before_any_work(tmp_path: Path) -> None:
+    name = "language_model.model.layers.1.feed_forward.experts.down_proj"
+    wrong = torch.zeros(4, 64, 128, dtype=torch.bfloat16)
+    source = tiny.write(tmp_path / "source", SMALL, replace={name: wrong})
+    with pytest.raises(UserError, match=rf"{name} has shape \(4, 64, 128\)"):
+        runs.run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_source_in_the_same_place_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny.write(tmp_path / "source", SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr("calibrate.run.Run._finish", lambda self, make_report: {})
+        runs.run(source, tmp_path / "out")
+    tiny.write(source, SMALL, seed=1)
+    with pytest.raises(UserError, match="unfinished run with another source is here"):
+        runs.run(source, tmp_path / "out")
