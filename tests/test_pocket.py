@@ -14,7 +14,7 @@ from evals.questions import Needles, Questions, ask
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET_MODEL
-from llama4q.recipe import Calibration, Method, Recipe, Solver, load_recipe
+from llama4q.recipe import Calibration, Method, Solver, load_recipe
 from llama4q.text import evaluation_tokens, load_tokenizer, parse_source
 from llama4q.weights import LayerReader
 
@@ -30,11 +30,8 @@ def questions() -> Questions:
     return ask(load_tokenizer(POCKET_MODEL), None, 8, 1024, Needles([1024], depths, 2, seed=1))
 
 
-def quantized(folder: Path, method: Method) -> Path:
-    solver = Solver(method=method)
-    recipe: Recipe = dataclasses.replace(
-        load_recipe("int4"), solver=solver, calibration=CALIBRATION
-    )
+def quantized(folder: Path, solver: Solver) -> Path:
+    recipe = dataclasses.replace(load_recipe("int4"), solver=solver, calibration=CALIBRATION)
     drawn = calibration_tokens(
         parse_source(None), load_tokenizer(POCKET_MODEL), samples=32, length=512, seed=0
     )
@@ -48,15 +45,24 @@ def reader(folder: Path) -> LayerReader:
 
 def test_gptq_against_rounding_at_the_same_bytes(questions: Questions, tmp_path: Path) -> None:
     """Also what the model's card claims: perplexity far below a unigram model's, needles found."""
-    evidence = {}
-    for method in Method:
-        folder = quantized(tmp_path / method.value, method)
-        evidence[method] = compare(reader(POCKET_MODEL), reader(folder), questions, lambda: None)
-    gptq, rounded = evidence[Method.GPTQ], evidence[Method.RTN]
-    assert gptq["likelihood"]["kl_mean"] < 0.75 * rounded["likelihood"]["kl_mean"]
-    assert gptq["likelihood"]["original"]["perplexity"] < 45  # a unigram model's is 665
-    assert gptq["retrieval"]["original"] >= 0.9
-    assert gptq["retrieval"]["quantized"] >= 0.9
+    solvers = {
+        "rounded": Solver(method=Method.RTN),
+        "uncorrected": Solver(correction=False),
+        "default": Solver(),
+    }
+    evidence, size = {}, set()
+    for name, solver in solvers.items():
+        folder = quantized(tmp_path / name, solver)
+        evidence[name] = compare(reader(POCKET_MODEL), reader(folder), questions, lambda: None)
+        size.add(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    divergence = {name: found["likelihood"]["kl_mean"] for name, found in evidence.items()}
+    assert divergence["uncorrected"] < 0.75 * divergence["rounded"]
+    assert divergence["default"] < 0.9 * divergence["uncorrected"]
+    assert len(size) == 1
+    found = evidence["default"]
+    assert found["likelihood"]["original"]["perplexity"] < 45  # a unigram model's is 665
+    assert found["retrieval"]["original"] >= 0.9
+    assert found["retrieval"]["quantized"] >= 0.9
 
 
 @torch.inference_mode()

@@ -36,6 +36,13 @@ def test_float8_saturates_and_keeps_zeros() -> None:
     torch.testing.assert_close(fake_float8_tokens(rows)[1], rows[1])
 
 
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_scales_are_those_that_every_engine_computes_with(name: str) -> None:
+    """vLLM holds FP8 scales in F32, transformers 5.23 rounds them to BF16: values must agree."""
+    scales = round_to_nearest(torch.randn(256, 40), SCHEMES[name]).scales
+    assert torch.equal(scales.float(), scales.to(torch.bfloat16).float())
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_stored_bytes_are_those_on_disk(name: str) -> None:
     scheme = SCHEMES[name]
