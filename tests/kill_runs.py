@@ -29,7 +29,7 @@ from . import runs, tiny
 LAYERS = 6
 VARIANT = tiny.Variant(layers=LAYERS, experts=2, rope_scaling=tiny.SCOUT_ROPE)
 SEED = 0
-ANYWHERE, FINISHING = 14, 6  # kills spread over the whole run, and over its last steps alone
+ANYWHERE, FINISHING = 22, 8  # kills spread over the whole run, and over its last steps alone
 AT_INDEX = 2  # kills at the very moment when the index appears
 CHAIN = 5  # kills of one and the same run
 POLL = 0.0005  # seconds

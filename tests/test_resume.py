@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -247,10 +248,25 @@ def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:
         runs.run(other, folder)
 
 
-def test_other_weights_under_the_same_names_are_noticed(source: Path, tmp_path: Path) -> None:
-    """Weights are not hashed at the start; what was copied from them is compared at the end."""
+def test_another_source_is_refused_at_once(source: Path, tmp_path: Path) -> None:
     folder = stopped(source, tmp_path / "out", GROUPS + 1)
     other = tiny.write(tmp_path / "other", SMALL, seed=1)
+    with pytest.raises(UserError, match="unfinished run with another source is here"):
+        runs.run(other, folder)
+
+
+def test_a_byte_changed_in_the_source_is_noticed(source: Path, tmp_path: Path) -> None:
+    """Only a sample of the weights is read at the start; what was copied is compared at the end."""
+    folder = stopped(source, tmp_path / "out", GROUPS + 1)
+    name = "language_model.model.layers.0.input_layernorm.weight"
+    other = shutil.copytree(source, tmp_path / "other")
+    shard = other / Checkpoint(source).info(name).shard
+    content = bytearray(shard.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    start = 8 + header + json.loads(content[8 : 8 + header])[name]["data_offsets"][0]
+    assert not 0 <= start - len(content) // 2 < 65536  # outside of the sample
+    content[start] ^= 1
+    shard.write_bytes(content)
     with pytest.raises(UserError, match=r"layers\.0\..* differs from the source"):
         runs.run(other, folder)
     assert not (folder / INDEX).exists()

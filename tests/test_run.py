@@ -167,15 +167,3 @@ def test_a_misshapen_last_layer_is_refused_before_any_work(tmp_path: Path) -> No
     with pytest.raises(UserError, match=rf"{name} has shape \(4, 64, 128\)"):
         runs.run(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_another_source_in_the_same_place_is_another_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tiny.write(tmp_path / "source", SMALL)
-    with monkeypatch.context() as patched:
-        patched.setattr("calibrate.run.Run._finish", lambda self, make_report: {})
-        runs.run(source, tmp_path / "out")
-    tiny.write(source, SMALL, seed=1)
-    with pytest.raises(UserError, match="unfinished run with another source is here"):
-        runs.run(source, tmp_path / "out")
