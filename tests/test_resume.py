@@ -113,12 +113,13 @@ def flip_byte(path: Path, at: int) -> None:
 
 
 def test_killed_anywhere_and_resumed(killed: dict[str, Any]) -> None:
-    """SIGKILL at 20 random moments of the whole run and of its last steps, and at the index."""
+    """SIGKILL at random moments of the whole run, of its last steps, and at the index: at least 20
+    before the run had ended."""
     kills = killed["kills"]
     phases = Counter(phase(kill) for kill in kills)
     print(f"killed in phase: {dict(phases)}")
-    assert ANYWHERE + FINISHING == 20
-    assert sum(phases.values()) == 20 + AT_INDEX
+    assert sum(phases.values()) == ANYWHERE + FINISHING + AT_INDEX
+    assert sum(phases.values()) - phases["finished"] >= 20
     assert phases["no layer yet"] >= 1
     assert phases["layers"] >= 5
     assert phases["last steps"] + phases["finished"] >= 2
