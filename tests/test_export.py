@@ -10,6 +10,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llama4q.config import read_config
@@ -91,6 +92,21 @@ def test_logits_against_transformers(
         model = without_activation_quantization(loaded(folder, kind))
         torch.testing.assert_close(model(input_ids=inputs).logits, ours, atol=1e-3, rtol=0)
     assert (ours - runs.our_logits(source, inputs)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+@torch.inference_mode()
+def test_bfloat16_against_transformers(name: str, tmp_path: Path) -> None:
+    """Both in BF16: apart by no more than BF16's noise, a median KL of 6e-4 between engines."""
+    source = tiny.write(tmp_path / "source", MODELS[name])
+    runs.run(source, tmp_path / "out", "int4")
+    inputs = runs.tokens(source, 4, 90, seed=3)
+    theirs = tiny.transformers_model(tmp_path / "out", torch.bfloat16)(input_ids=inputs).logits
+    ours = runs.our_logits(tmp_path / "out", inputs, torch.bfloat16)
+    log_ours, log_theirs = (functional.log_softmax(x.float(), dim=-1) for x in (ours, theirs))
+    divergence = (log_theirs.exp() * (log_theirs - log_ours)).sum(-1)
+    assert divergence.median() < 6e-4
+    assert divergence.abs().max() > 0  # two implementations, not one
 
 
 @pytest.mark.parametrize("recipe", [*shipped_recipes(), "everything"])
