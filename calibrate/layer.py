@@ -24,6 +24,7 @@ from llama4q.schemes import (
     fake_float8_tokens,
     round_to_nearest,
 )
+from llama4q.stream import TOKENS_AT_ONCE
 from llama4q.weights import DOWN, GATE, UP, Component
 
 from .gptq import choose_scales, factorize, solve
@@ -90,23 +91,26 @@ class LayerQuantizer:
         `served` are those of the quantized model, `plain` those of the original, in batches.
         """
         half = torch.cat([_halves_of(hidden) for hidden in served])
+        # Copies, so that they can be added to: each is as large as a whole stream.
+        hidden, hidden_plain = (
+            torch.cat([batch.flatten(0, 1) for batch in stream]) for stream in (served, plain)
+        )
         mixed, original = (
-            torch.cat([attention(self.config, layer, hidden).flatten(0, 1) for hidden in stream])
+            torch.cat([attention(self.config, layer, batch).flatten(0, 1) for batch in stream])
             for stream in (served, plain)
         )
-        entered, entered_plain = (
-            torch.cat([hidden.flatten(0, 1) for hidden in stream]) for stream in (served, plain)
-        )
-        pair = Pair(mixed, original, entered_plain - entered, half)
-        output = self._o_proj(layer.o, pair)
-        hidden, hidden_plain = entered + output(mixed), entered_plain + layer.o(original)
+        output = self._o_proj(layer.o, Pair(mixed, original, hidden_plain - hidden, half))
+        hidden.add_(output(mixed))
+        hidden_plain.add_(layer.o(original))
+        del mixed, original
         inputs = Pair(
             feed_forward_input(self.config, layer, hidden[None]),
             feed_forward_input(self.config, layer, hidden_plain[None]),
             None,
             half,
         )
-        lacking = hidden_plain - hidden
+        lacking = hidden_plain.sub_(hidden)
+        del hidden
         name = f"{self.prefix}feed_forward"
         if isinstance(layer.feed_forward, Mlp):
             self._mlp(name, layer.feed_forward, inputs, lacking, Component.DENSE)
@@ -119,7 +123,8 @@ class LayerQuantizer:
         shared = self._mlp(
             f"{name}.shared_expert", moe.shared, inputs, lacking, Component.SHARED_EXPERT
         )
-        lacking = lacking + moe.shared(inputs.original) - shared(inputs.served)
+        lacking.add_(in_parts(moe.shared, inputs.original))
+        lacking.sub_(in_parts(shared, inputs.served))
         served, plain = route(moe, inputs.served), route(moe, inputs.original)
         rows = inputs.served * served.score
         # A token that the original sent to another expert has no original input to this one.
@@ -130,7 +135,7 @@ class LayerQuantizer:
             None,
             inputs.half,
         )
-        lacking = torch.where(same, lacking, 0)
+        lacking.mul_(same)
         pool = self._pool(scaled.served)
         for number, expert in enumerate(moe.experts):
             where = served.rows(number)
@@ -189,7 +194,12 @@ class LayerQuantizer:
         down_pool = None
         if pool is not None and everyone is not None:
             down_pool = self._down_pool(served, everyone)
-        hidden = Pair(served.hidden(rows.served), mlp.hidden(rows.original), lacking, rows.half)
+        hidden = Pair(
+            in_parts(served.hidden, rows.served),
+            in_parts(mlp.hidden, rows.original),
+            lacking,
+            rows.half,
+        )
         down = self._weight(f"{name}.{DOWN}", mlp.down.weight, hidden, scheme, down_pool)
         gate, up = _halves(pair)
         self.result.tensors += [
@@ -283,6 +293,11 @@ def as_served(found: QuantizedWeight, dtype: torch.dtype) -> Linear:
     """A quantized weight as an engine applies it, in the run's `dtype`."""
     activations = fake_float8_tokens if found.scheme.kind is Kind.FLOAT8 else None
     return Linear(found.dequantize().to(dtype), activations)
+
+
+def in_parts(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """`function` of rows `[N, I]`, TOKENS_AT_ONCE of them at a time."""
+    return torch.cat([function(part) for part in rows.split(TOKENS_AT_ONCE)])
 
 
 def output_error(weight: torch.Tensor, found: torch.Tensor, rows: torch.Tensor) -> float | None:
