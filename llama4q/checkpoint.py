@@ -390,7 +390,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ: the path of keys, and what stands there in each."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
+        for name in {**now, **before}:  # in the order of `now`, which names causes first
             yield from _differences(before.get(name), now.get(name), f"{key} {name}".lstrip())
     elif before != now:
         yield key, before, now
