@@ -330,7 +330,7 @@ def fit(
 @click.option("--min-routing", "min_routing_agreement", type=float, help="Worst layer, 0 to 1.")
 @click.option("--max-fallbacks", type=int, help="Tensors that were rounded to nearest.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(report: Path, baseline: Path | None, as_json: bool, **limits: float | None) -> None:
+def check(report: Path, baseline: Path | None, as_json: bool, **limits: Any) -> None:
     """Hold REPORT against limits or a baseline: exit code 0 when all hold, else 1.
 
     Without options the default limits apply. With --baseline alone only the baseline counts.
@@ -342,7 +342,7 @@ def check(report: Path, baseline: Path | None, as_json: bool, **limits: float | 
     from evals.report import render_verdict
 
     named = any(limit is not None for limit in limits.values())
-    thresholds = Thresholds(**limits) if named or baseline else DEFAULT_THRESHOLDS  # type: ignore[arg-type]
+    thresholds = Thresholds(**limits) if named or baseline else DEFAULT_THRESHOLDS
     before = load_report(baseline) if baseline else None
     verdict = judge(load_report(report), thresholds, before)
     if as_json:

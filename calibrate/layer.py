@@ -54,7 +54,7 @@ class Rescue:
     """A matrix that did not go the usual way, and what was done instead."""
 
     tensor: str
-    kind: str  # "damping", "fallback" or "no tokens"
+    kind: str  # "damping", "fallback", "no tokens" or "uncorrected"
     detail: str
 
 
@@ -265,7 +265,10 @@ class LayerQuantizer:
 
         correction = 0.0
         if self.solver.correction:
-            weight, correction = corrected(weight, pair, factor, blended)
+            weight, share_taken = corrected(weight, pair, factor, blended)
+            if share_taken is None and hessian.tokens:
+                self._rescue(name, "uncorrected", "half of the calibration sequences say nothing")
+            correction = share_taken or 0.0
         scales = choose_scales(weight, factor.importance, scheme, self.solver.scale_points)
         found = solve(weight, factor, scales, scheme)
         return _Solved(found, weight, share, factor.damping, correction)

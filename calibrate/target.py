@@ -42,16 +42,17 @@ class Pair:
 
 def corrected(
     weight: torch.Tensor, pair: Pair, factor: Factor, blend: Callable[[Hessian], Hessian]
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, float | None]:
     """W* for an F32 weight `[I, O]`, and the share alpha in 0..1 of the correction that it holds.
 
+    None, and the weight as it was, when a half has no tokens or its Hessian does not factor.
     `factor` is of all rows; `blend` does to the Hessian of a half what was done to theirs.
     """
     halves = [_Half.of(weight, pair, pair.half == side) for side in (False, True)]
     tokens = sum(half.hessian.tokens for half in halves)
     alpha = _share(halves, factor.damping, blend)
-    if alpha == 0.0:
-        return weight, 0.0
+    if not alpha:
+        return weight, alpha
     cross = sum((half.cross * half.hessian.tokens for half in halves), torch.zeros_like(weight))
     return weight + alpha * factor.divide(cross / tokens), alpha
 
@@ -77,10 +78,12 @@ class _Half:
         return cls(measure([pair.served[rows]], inputs), cross / max(1, len(rows)))
 
 
-def _share(halves: list[_Half], damping: float, blend: Callable[[Hessian], Hessian]) -> float:
+def _share(
+    halves: list[_Half], damping: float, blend: Callable[[Hessian], Hessian]
+) -> float | None:
     """Alpha by cross-fitting: what one half corrects, judged by the other half's moments.
 
-    0 when a half has no rows or its Hessian does not factor: nothing is known about it then.
+    None when a half has no rows or its Hessian does not factor: it can judge nothing then.
     """
     outputs = halves[0].cross.shape[1]
     columns = torch.arange(0, outputs, max(1, outputs // COLUMNS))
@@ -89,7 +92,7 @@ def _share(halves: list[_Half], damping: float, blend: Callable[[Hessian], Hessi
     for half, cross in zip(halves, crosses, strict=True):
         factor = factorize(blend(half.hessian).matrix, damping, act_order=False)
         if half.hessian.tokens == 0 or factor is None:
-            return 0.0
+            return None
         steps.append(factor.divide(cross))
     gain = (steps[0] * crosses[1]).sum() + (steps[1] * crosses[0]).sum()
     cost = sum(

@@ -142,7 +142,7 @@ def _from_text_config(text: Mapping[str, Any], multimodal: bool, vision: bool) -
         moe_layers=_moe_layers(text, layers),
         rope_layers=rope_layers,
         chunked_layers=chunked,
-        chunk_size=int(text.get("attention_chunk_size") or 8192),
+        chunk_size=int(text.get("attention_chunk_size", 8192)),
         qk_norm=bool(text.get("use_qk_norm", True)),
         temperature_tuning=bool(text.get("attn_temperature_tuning", True)),
         floor_scale=int(text.get("floor_scale", 8192)),

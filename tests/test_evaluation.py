@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def reader(folder: Path) -> LayerReader:
     return LayerReader(Checkpoint(folder), read_config(folder), torch.float32)
 
 
-def evidence(source: Path, quantized: Path, questions: Questions) -> dict:  # type: ignore[type-arg]
+def evidence(source: Path, quantized: Path, questions: Questions) -> dict[str, Any]:
     return compare(reader(source), reader(quantized), questions, lambda: None)
 
 

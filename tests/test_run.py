@@ -167,3 +167,14 @@ def test_a_misshapen_last_layer_is_refused_before_any_work(tmp_path: Path) -> No
     with pytest.raises(UserError, match=rf"{name} has shape \(4, 64, 128\)"):
         runs.run(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_single_sequence_corrects_nothing_and_says_so(tmp_path: Path) -> None:
+    """The share is judged by the other half of the sequences; here there is none."""
+    source = tiny.write(tmp_path / "source", SMALL)
+    calibration = runs.tokens(source, 1, 96, seed=7)
+    spoken = runs.run(source, tmp_path / "out", "int4", calibration)["rescues"]
+    report = runs.run(source, tmp_path / "plain", with_solver(correction=False), calibration)
+    groups = [group["name"] for record in report["layers"] for group in record["groups"]]
+    assert [rescue["tensor"] for rescue in spoken if rescue["kind"] == "uncorrected"] == groups
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "plain")

@@ -31,7 +31,7 @@ def streams(
     return weight, Pair(served, original, lacking, half)
 
 
-def target(weight: torch.Tensor, pair: Pair, damping: float) -> tuple[torch.Tensor, float]:
+def target(weight: torch.Tensor, pair: Pair, damping: float) -> tuple[torch.Tensor, float | None]:
     factor = factorize(measure([pair.served], INPUTS).matrix, damping, act_order=True)
     assert factor is not None
     return corrected(weight, pair, factor, untouched)
@@ -52,7 +52,8 @@ def test_full_correction_against_lstsq() -> None:
 def test_what_is_lacking_is_part_of_the_target() -> None:
     weight, pair = streams(20_000, damage=0.1, noise=0.01)
     bias = pair.served @ torch.ones(INPUTS, OUTPUTS)
-    shifted = Pair(pair.served, pair.original, pair.lacking + bias, pair.half)  # type: ignore[operator]
+    assert pair.lacking is not None
+    shifted = Pair(pair.served, pair.original, pair.lacking + bias, pair.half)
     difference = target(weight, shifted, 1e-8)[0] - target(weight, pair, 1e-8)[0]
     torch.testing.assert_close(difference, torch.ones(INPUTS, OUTPUTS), atol=0.03, rtol=0)
 
@@ -73,6 +74,7 @@ def test_the_share_falls_with_the_tokens() -> None:
         weight, every = truth
         pair = every.rows(torch.arange(tokens))
         found, alpha = target(weight, pair, 0.003)
+        assert alpha is not None
         shares.append(alpha)
 
         def loss(
@@ -93,4 +95,6 @@ def test_the_share_falls_with_the_tokens() -> None:
 def test_one_half_without_tokens_corrects_nothing() -> None:
     weight, pair = streams(100, damage=0.1, noise=0.1)
     lonely = pair.rows(torch.nonzero(pair.half).squeeze(1))
-    assert target(weight, lonely, 0.003)[1] == 0
+    found, alpha = target(weight, lonely, 0.003)
+    assert alpha is None
+    assert torch.equal(found, weight)
