@@ -28,6 +28,8 @@ GPU = "h100-80gb"
 UNITS = {
     "bytes": "of all tensors",
     "tokens": "calibration tokens that reached an expert or a weight",
+    "share": "of the calibration tokens, as asked for, 0 to 1",
+    "needed": "calibration tokens, as many as an expert's widest matrix has inputs",
     "error": "|X (W - Q)|^2 / |X W|^2 on calibration rows, W the weight that codes aim at",
     "hidden_error": "|x - y|^2 / |x|^2 of the hidden states after the layer",
     "shrinkage": "share of the Hessian of all tokens, 0 to 1",
@@ -72,7 +74,7 @@ def evaluation_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option(
-                "--eval-text", metavar="TEXT", help="Text to measure on; as --calibration."
+                "--eval-text", metavar="TEXT", help="Text to measure on; one, as in --calibration."
             ),
             click.option(
                 "--eval-windows",
@@ -143,7 +145,8 @@ def inspect(source: str, as_json: bool) -> None:
 @click.option(
     "--calibration", "-c", metavar="TEXT",
     help="Text to calibrate on: a .txt, .jsonl or .parquet file, a folder, or a Hub data set as "
-    "owner/name:config@split#column. Default: the text that comes with llama4q.",
+    "owner/name:config@split#column; or a mix with shares of the tokens and lengths, as "
+    "a.txt:0.6,b.jsonl:0.4x8192. Default: the recipe's, the text that comes with llama4q.",
 )  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 128]")
 @click.option("--length", type=click.IntRange(2), help="Tokens a sequence.  [default: 2048]")
@@ -182,7 +185,9 @@ def quantize(
         click.echo(
             "No SOURCE named: quantizing the pocket Llama 4 that comes with llama4q.", err=True
         )
+    from calibrate.coverage import coverage
     from calibrate.data import calibration_tokens
+    from calibrate.mix import parse_mix
     from calibrate.progress import Bar
     from calibrate.run import DTYPES, Job, refuse_early
     from calibrate.run import quantize as run
@@ -191,18 +196,23 @@ def quantize(
     from llama4q.config import read_config
     from llama4q.hub import POCKET, resolve
     from llama4q.recipe import adjusted, load_recipe
-    from llama4q.text import load_tokenizer, parse_source
+    from llama4q.text import load_tokenizer
 
-    chosen = adjusted(load_recipe(recipe), samples=samples, length=length, seed=seed, method=method)
+    chosen = adjusted(
+        load_recipe(recipe),
+        text=calibration, samples=samples, length=length, seed=seed, method=method,
+    )  # fmt: skip
+    settings = chosen.calibration
+    mix = parse_mix(settings.text)
     original = resolve(source or POCKET)
     config = read_config(original.folder)
     folder = destination or Path(f"{Path(original.name).name}-{chosen.name}")
     fit = _fit(config, gpu)
-    refuse_early(original.folder, folder, chosen, config)
+    lengths = [portion.length or settings.length for portion in mix]
+    refuse_early(original.folder, folder, chosen, config, lengths)
     tokenizer = load_tokenizer(original.folder)
-    settings = chosen.calibration
     drawn = calibration_tokens(
-        parse_source(calibration), tokenizer,
+        mix, tokenizer,
         samples=settings.samples, length=settings.length, seed=settings.seed,
     )  # fmt: skip
     questions = _questions(tokenizer, **measured_on)
@@ -214,12 +224,14 @@ def quantize(
             "quantized": {"name": str(folder), "bytes": outcome.quantized_bytes},
             "recipe": chosen.to_json(),
             "calibration": {
-                "source": calibration or POCKET,
+                "source": settings.text,
                 "samples": settings.samples,
                 "length": settings.length,
                 "seed": settings.seed,
-                "tokens": drawn.tokens.numel(),
+                "tokens": sum(batch.numel() for batch in drawn.tokens),
                 "digest": drawn.digest,
+                "mix": [part.to_json() for part in drawn.drawn],
+                "coverage": coverage(chosen, config, outcome.layers),
             },
             "dtype": dtype,
             "units": UNITS,
@@ -235,6 +247,9 @@ def quantize(
     with Bar() as bar:
         finished = run(job, Evaluation(config, questions), bar, report)
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
+    covered = finished["calibration"]["coverage"]
+    if covered is not None and covered["warning"]:
+        click.echo(f"Warning: {covered['warning']}", err=True)
 
 
 @main.command("eval")

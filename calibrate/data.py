@@ -4,6 +4,10 @@ Long texts are cut into passages of about one sample, from a random first cut on
 and conversations are shuffled together, encoded and packed. So a sample set touches as many
 documents as it can, uses no token twice, and can use all of a small text.
 
+Of a mix each source is drawn on its own, so what it gives does not depend on its neighbours. A
+source that is named with several lengths gives the longest sequences first; what they leave is cut
+anew for the next ones. Samples of one length stand together, those of different sources mingled.
+
 Knows where text comes from only through llama4q.text, and nothing of models. What is drawn
 depends on text, tokenizer, sizes and seed alone.
 """
@@ -11,35 +15,118 @@ depends on text, tokenizer, sizes and seed alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from llama4q.text import Document, TextSource, TokenSet, documents, encode, pack, token_set
+from llama4q.text import Document, TextSource, check_size, documents, encode, pack, token_digest
+
+from .mix import Mix, Portion, rows_of
+
+Item = TypeVar("Item")
 
 CHARACTERS_PER_TOKEN = 4  # about, in English with Llama 4's vocabulary
 SHUFFLED_CHARACTERS = 32_000_000  # held in memory; a smaller source is shuffled as a whole
 
 
-def calibration_tokens(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
-) -> TokenSet:
-    """`samples` rows of `length` tokens, drawn by `seed`; the shipped text is its training part.
+@dataclass(frozen=True)
+class Drawn:
+    """What a portion of the mix gave."""
 
+    portion: Portion
+    samples: int
+    length: int  # tokens a sample
+
+    def to_json(self) -> dict[str, Any]:
+        """For reports; the share is the one asked for, of all portions' sum."""
+        return {
+            "source": self.portion.source.name,
+            "share": float(self.portion.share),
+            "samples": self.samples,
+            "length": self.length,
+            "tokens": self.samples * self.length,
+        }
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calibration tokens, every row beginning with the begin-of-text token."""
+
+    tokens: tuple[torch.Tensor, ...]  # int64 [S, T], one for each length, the shortest first
+    digest: str  # SHA-256 of all shapes and token bytes
+    drawn: tuple[Drawn, ...]  # in the order of the mix
+
+
+def calibration_tokens(
+    text: TextSource | Mix,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+) -> CalibrationSet:
+    """Rows drawn by `seed`, `samples` x `length` tokens; the shipped text is its training part.
+
+    Portions with other lengths give so many rows that the tokens come nearest to that.
     Of a source beyond SHUFFLED_CHARACTERS only that much and what is used is read.
-    Raises UserError when the text cannot be read or is too little.
+    Raises UserError when a text cannot be read or is too little.
     """
-    chance = random.Random(seed)
-    size = CHARACTERS_PER_TOKEN * length
-    pieces = (
-        passage
-        for document in documents(source, "train.txt", seed)
-        for passage in passages(document, size, chance)
+    check_size(samples, length)
+    mix = (Portion(text),) if isinstance(text, TextSource) else text
+    drawn = tuple(
+        Drawn(portion, rows, portion.length or length)
+        for portion, rows in zip(mix, rows_of(mix, samples, length), strict=True)
     )
-    drawn = shuffled(pieces, chance, SHUFFLED_CHARACTERS)
-    encoded = (encode(piece, tokenizer) for piece in drawn)
-    tokens = pack(encoded, tokenizer, samples, length, source)
-    return token_set(tokens, f"{source.name}: {samples} samples of {length} tokens, seed {seed}")
+    found: dict[int, list[torch.Tensor]] = {}
+    for origin in dict.fromkeys(portion.origin for portion in mix):
+        wanted = [entry for entry in drawn if entry.portion.origin == origin]
+        for size, rows in _from_one_source(wanted, tokenizer, seed):
+            found.setdefault(size, []).append(rows)
+    tokens = tuple(mingled(found[size], random.Random(seed)) for size in sorted(found))
+    return CalibrationSet(tokens, token_digest(tokens), drawn)
+
+
+def _from_one_source(
+    wanted: Sequence[Drawn], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Length and rows of each portion of one source, the longest first."""
+    chance = random.Random(seed)
+    source = wanted[0].portion.source
+    pieces: Iterator[Document] = documents(source, "train.txt", seed)
+    before: list[str] = []
+    for entry in sorted(wanted, key=lambda entry: entry.length, reverse=True):
+        pieces = _shuffled_passages(pieces, CHARACTERS_PER_TOKEN * entry.length, chance)
+        encoded = (encode(piece, tokenizer) for piece in pieces)
+        taken = " and ".join(before)
+        yield (
+            entry.length,
+            pack(encoded, tokenizer, entry.samples, entry.length, entry.portion.source, taken),
+        )
+        before.append(f"{entry.samples} samples of {entry.length}")
+
+
+def _shuffled_passages(
+    texts: Iterable[Document], size: int, chance: random.Random
+) -> Iterator[Document]:
+    pieces = (passage for document in texts for passage in passages(document, size, chance))
+    return shuffled(pieces, chance, SHUFFLED_CHARACTERS)
+
+
+def mingled(parts: Sequence[torch.Tensor], chance: random.Random) -> torch.Tensor:
+    """The rows of several sources in random order, two neighbours always from the same one.
+
+    Whoever takes every other row, as the solver does to judge a correction on text that it was not
+    made from, has the same mix in both halves. Rows without a partner stand at the end.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    pairs = [pair for part in parts for pair in part.split(2)]
+    full = [pair for pair in pairs if len(pair) == 2]
+    single = [pair for pair in pairs if len(pair) == 1]
+    return torch.cat([_take(some, chance) for some in (full, single) for _ in range(len(some))])
 
 
 def passages(document: Document, size: int, chance: random.Random) -> Iterator[Document]:
@@ -79,7 +166,7 @@ def shuffled(
         yield _take(buffer, chance)
 
 
-def _take(buffer: list[Document], chance: random.Random) -> Document:
+def _take(buffer: list[Item], chance: random.Random) -> Item:
     # random() is the one method whose sequence Python promises to keep from version to version
     index = int(chance.random() * len(buffer))
     buffer[index], buffer[-1] = buffer[-1], buffer[index]

@@ -50,7 +50,7 @@ class Job:
     source: Path
     destination: Path
     recipe: Recipe
-    tokens: torch.Tensor  # [S, T] calibration tokens
+    tokens: tuple[torch.Tensor, ...]  # calibration tokens [S, T], one for each length
     digest: str  # of the tokens
     dtype: torch.dtype  # of activations and products
 
@@ -87,10 +87,12 @@ class Run:
     def __init__(self, job: Job, observer: LayerObserver, progress: Progress) -> None:
         self.job = job
         self.config = read_config(job.source)
-        refuse_early(job.source, job.destination, job.recipe, self.config)
+        lengths = [tokens.shape[1] for tokens in job.tokens]
+        refuse_early(job.source, job.destination, job.recipe, self.config, lengths)
         self.source = Checkpoint(job.source)
         check_layout(self.source, self.config)
-        check_tokens(self.config.vocab_size, job.tokens)
+        for tokens in job.tokens:
+            check_tokens(self.config.vocab_size, tokens)
         self._check_disk()
         self.observer = observer
         self.writer = CheckpointWriter(job.destination, self._run_key())
@@ -107,10 +109,12 @@ class Run:
     def _run_key(self) -> dict[str, Any]:
         """Whatever bytes and report depend on: a rerun with another key is another run."""
         config_bytes = (self.job.source / "config.json").read_bytes()
+        recipe = self.job.recipe.to_json()
+        del recipe["calibration"]["text"]  # its tokens count, not how its name is spelled
         return {
             "llama4q": __version__,
             "source": f"{fingerprint(self.source)} {hashlib.sha256(config_bytes).hexdigest()}",
-            "recipe": self.job.recipe.to_json(),
+            "recipe": recipe,
             "calibration tokens": self.job.digest,
             "dtype": str(self.job.dtype).removeprefix("torch."),
             "evaluation": self.observer.key,
@@ -135,7 +139,7 @@ class Run:
         original = LayerReader(Checkpoint(self.job.source), self.config, self.job.dtype)
         self.progress.start(groups_in(self.config, self.job.recipe))
         embedding = original.embedding()
-        plain = embed(embedding, [self.job.tokens])
+        plain = embed(embedding, self.job.tokens)
         served = list(plain)
         self.observer.start(embedding)
         del embedding
@@ -236,17 +240,23 @@ class Run:
         return report
 
 
-def refuse_early(source: Path, destination: Path, recipe: Recipe, config: ModelConfig) -> None:
-    """Raises UserError for what can be told before a tensor or a text is read."""
+def refuse_early(
+    source: Path, destination: Path, recipe: Recipe, config: ModelConfig, lengths: Iterable[int]
+) -> None:
+    """Raises UserError for what can be told before a tensor or a text is read.
+
+    `lengths` are those of the calibration sequences, in tokens.
+    """
     method = quantized_already(source)
     if method is not None:
         raise UserError(f"{source}: is quantized already ({method}); name the BF16 original")
     check_recipe(recipe, config)
     refuse_foreign_files(destination)
-    if recipe.calibration.length > config.max_positions:
+    longest = max(lengths)
+    if longest > config.max_positions:
         raise UserError(
-            f"calibration sequences of {recipe.calibration.length} tokens, but the model reads at "
-            f"most {config.max_positions}; choose a smaller --length"
+            f"calibration sequences of {longest} tokens, but the model reads at most "
+            f"{config.max_positions}; choose a smaller length"
         )
 
 

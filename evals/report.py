@@ -53,17 +53,29 @@ def _figure(value: float | str | None) -> str:
 
 def _header(report: Report) -> str:
     calibration = _part(report, "calibration")
-    drawn = (
-        f"{calibration.get('source', '?')}, {_count(calibration.get('samples'))} samples of "
-        f"{_count(calibration.get('length'))} tokens, seed {calibration.get('seed', '?')}"
-    )
     facts = {
         "original": _name(_part(report, "source")),
         "quantized": _name(_part(report, "quantized")),
         "recipe": _part(report, "recipe").get("name"),
-        "calibration": drawn if calibration else None,
+        "calibration": _drawn(calibration) if calibration else None,
     }
     return "\n".join(_wrapped(f"{key:<12}", str(value)) for key, value in facts.items() if value)
+
+
+def _drawn(calibration: Mapping[str, Any]) -> str:
+    """The calibration tokens: a text and its samples, or those of each text of a mix."""
+    mix = calibration.get("mix") or []
+    if len(mix) > 1:
+        texts = [
+            f"{part['source']} {_percent(part['share'], 1)} in {_samples(part)}" for part in mix
+        ]
+    else:
+        texts = [str(calibration.get("source", "?")), _samples(mix[0] if mix else calibration)]
+    return ", ".join([*texts, f"seed {calibration.get('seed', '?')}"])
+
+
+def _samples(drawn: Mapping[str, Any]) -> str:
+    return f"{_count(drawn.get('samples'))} samples of {_count(drawn.get('length'))} tokens"
 
 
 def _name(checkpoint: Mapping[str, Any]) -> str | None:
@@ -186,23 +198,40 @@ def _depth_cells(
 
 
 def _coverage(report: Report) -> str:
-    """Tokens of the experts that saw the fewest and the most, layer by layer."""
+    """Tokens of the experts that saw the fewest and the most, layer by layer, too few marked."""
     counted = [layer for layer in report.get("layers") or [] if layer.get("expert_tokens")]
     if not counted:
         return ""
-    rows: list[Row] = [("layer", "experts", "mean", "fewest (expert)", "most (expert)")]
-    unseen = []
+    coverage = _part(report, "calibration", "coverage")
+    poor = {entry["layer"]: entry["experts"] for entry in coverage.get("poor") or []}
+    rows: list[Row] = [("layer", "experts", "mean", "fewest (expert)", "most (expert)", "poor")]
+    rows += [_expert_row(layer, poor.get(layer.get("layer"), [])) for layer in counted]
+    lines = ["calibration tokens by expert", _table(rows if poor else [row[:-1] for row in rows])]
+    if poor:
+        count = sum(len(experts) for experts in poor.values())
+        meaning = (
+            f"{count:,} of {_count(coverage.get('experts'))} experts, fewer tokens than the "
+            f"{_count(coverage.get('needed'))} inputs of their widest matrix"
+        )
+        lines.append(_wrapped("* poor: ", meaning))
     for layer in counted:
-        number, tokens = str(layer.get("layer", "?")), layer["expert_tokens"]
-        fewest = min(range(len(tokens)), key=tokens.__getitem__)
-        most = max(range(len(tokens)), key=tokens.__getitem__)
-        mean = f"{sum(tokens) / len(tokens):,.1f}"
-        extremes = [f"{tokens[expert]:,} ({expert})" for expert in (fewest, most)]
-        rows.append((number, str(len(tokens)), mean, *extremes))
-        without = ", ".join(str(expert) for expert, count in enumerate(tokens) if count == 0)
+        without = [str(expert) for expert, count in enumerate(layer["expert_tokens"]) if not count]
         if without:
-            unseen.append(_wrapped(f"no tokens in layer {number}: ", f"experts {without}"))
-    return "\n".join(["calibration tokens by expert", _table(rows), *unseen])
+            head = f"no tokens in layer {layer.get('layer', '?')}: "
+            lines.append(_wrapped(head, f"experts {', '.join(without)}"))
+    return "\n".join(lines)
+
+
+def _expert_row(layer: Mapping[str, Any], poor: Sequence[int]) -> Row:
+    tokens = layer["expert_tokens"]
+    fewest, most = (pick(range(len(tokens)), key=tokens.__getitem__) for pick in (min, max))
+    return (
+        str(layer.get("layer", "?")),
+        str(len(tokens)),
+        f"{sum(tokens) / len(tokens):,.1f}",
+        *(f"{tokens[at]:,}{'*' if at in poor else ''} ({at})" for at in (fewest, most)),
+        str(len(poor) or ""),
+    )
 
 
 def _rescues(report: Report) -> str:

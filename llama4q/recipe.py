@@ -32,8 +32,9 @@ class Method(Enum):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the model reads while codes are looked for."""
+    """What the model reads while codes are looked for: about `samples` x `length` tokens."""
 
+    text: str = "pocket"  # a source or a mix of them, as calibrate/mix.py reads it
     samples: int = 128  # sequences
     length: int = 2048  # tokens a sequence
     seed: int = 0
@@ -194,7 +195,7 @@ def _typed(value: Any, default: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not type(default):
         raise UserError(f"{where}: {value!r} is no {type(default).__name__}")
-    if not isinstance(value, bool) and not 0 <= value < math.inf:
+    if isinstance(value, int | float) and not 0 <= value < math.inf:
         raise UserError(f"{where}: {value!r} is below 0 or not finite")
     return value
 
@@ -219,13 +220,14 @@ def nearest(word: str, known: Collection[str]) -> str:
 def adjusted(
     recipe: Recipe,
     *,
+    text: str | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int | None = None,
     method: str | None = None,
 ) -> Recipe:
     """The recipe with the settings that were named on the command line; None leaves one alone."""
-    drawn = {"samples": samples, "length": length, "seed": seed}
+    drawn: dict[str, Any] = {"text": text, "samples": samples, "length": length, "seed": seed}
     given = {key: value for key, value in drawn.items() if value is not None}
     calibration = dataclasses.replace(recipe.calibration, **given)
     solver = recipe.solver

@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,8 +86,8 @@ def parse_source(name: str | None) -> TextSource:
     """
     if name is None or name == SHIPPED:
         return TextSource(SHIPPED)
-    address, _, column = (name, "", "") if _exists(name) else name.partition("#")
-    if _exists(address):
+    address, _, column = (name, "", "") if os.path.exists(name) else name.partition("#")
+    if os.path.exists(address):  # unlike Path's, False for what is too long to be a name
         return TextSource(name, files=_files(Path(address)), column=column or None)
     match = _HUB.fullmatch(address)
     if match is None or Path(address).suffix in TEXT_SUFFIXES + ROW_SUFFIXES:
@@ -96,10 +97,6 @@ def parse_source(name: str | None) -> TextSource:
         )
     split = match["split"] or "train"
     return TextSource(name, (), match["id"], match["config"], split, column or None)
-
-
-def _exists(name: str) -> bool:
-    return name != "" and Path(name).exists()
 
 
 def _files(path: Path) -> tuple[Path, ...]:
@@ -326,17 +323,15 @@ def pack(
     rows: int,
     length: int,
     source: TextSource,
+    longer: str = "",
 ) -> torch.Tensor:
     """Documents joined by the end-of-text token, cut into [rows, length] of int64.
 
     Every row is the begin-of-text token and the next `length` - 1 tokens of the joined text.
+    `longer` says what took of the same text before, if anything did.
     Raises UserError when there is too little text.
     """
-    if rows < 1 or length < 2:
-        raise UserError(
-            f"{rows} samples of {length} tokens: at least 1 of 2 tokens is needed, "
-            f"the first is begin-of-text"
-        )
+    check_size(rows, length)
     begin, end = _begin_and_end(tokenizer)
     needed = rows * (length - 1)
     stream: list[int] = []
@@ -345,16 +340,26 @@ def pack(
         if len(stream) >= needed:
             break
     if len(stream) < needed:
-        raise UserError(_too_little(source, len(stream), rows, length))
+        raise UserError(_too_little(source, len(stream), rows, length, longer))
     cut = torch.tensor(stream[:needed], dtype=torch.int64).view(rows, length - 1)
     return torch.cat([torch.full((rows, 1), begin, dtype=torch.int64), cut], dim=1)
 
 
-def _too_little(source: TextSource, found: int, rows: int, length: int) -> str:
-    if found == 0:
+def check_size(rows: int, length: int) -> None:
+    """Raises UserError for a token set that would be empty."""
+    if rows < 1 or length < 2:
+        raise UserError(
+            f"{rows} samples of {length} tokens: at least 1 of 2 tokens is needed, "
+            f"the first is begin-of-text"
+        )
+
+
+def _too_little(source: TextSource, found: int, rows: int, length: int, longer: str) -> str:
+    if found == 0 and not longer:
         return f"text {source.name!r}: empty, there is no text in it; name another source"
+    after = f" after {longer}" if longer else ""
     return (
-        f"text {source.name!r}: {found:,} tokens, but {rows} samples of {length} need "
+        f"text {source.name!r}: {found:,} tokens{after}, but {rows} samples of {length} need "
         f"{rows * (length - 1):,} and a begin-of-text token each; name more text, or ask for "
         f"fewer or shorter samples ({found // (length - 1)} of this length are there)"
     )
@@ -373,11 +378,18 @@ def _begin_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def token_set(tokens: torch.Tensor, description: str) -> TokenSet:
-    """Tokens [S, T] with their digest, the same on every machine."""
-    samples, length = tokens.shape
-    content = tokens.numpy().astype("<i8").tobytes()
-    digest = hashlib.sha256(f"{samples} x {length} int64\n".encode() + content).hexdigest()
-    return TokenSet(tokens, digest, description)
+    """Tokens [S, T] with their digest."""
+    return TokenSet(tokens, token_digest([tokens]), description)
+
+
+def token_digest(batches: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of the shapes and tokens of all batches [S, T]; the same on every machine."""
+    digest = hashlib.sha256()
+    for tokens in batches:
+        samples, length = tokens.shape
+        digest.update(f"{samples} x {length} int64\n".encode())
+        digest.update(tokens.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def evaluation_tokens(

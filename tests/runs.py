@@ -68,14 +68,19 @@ def run(
     source: Path,
     destination: Path,
     recipe: Recipe | str = "int4",
-    calibration: torch.Tensor | None = None,
+    calibration: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
     progress: Quiet | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Mapping[str, Any]:
-    """The report of a small run; the recipe may be a shipped one's name."""
+    """The report of a small run; the recipe may be a shipped one's name.
+
+    Calibration tokens are `[S, T]`, or such a tensor for each length.
+    """
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     drawn = tokens(source, 4, 96, seed=7) if calibration is None else calibration
-    job = Job(source, destination, chosen, drawn, f"digest of {drawn.sum()}", dtype)
+    batches = (drawn,) if isinstance(drawn, torch.Tensor) else drawn
+    digest = f"digest of {sum(int(batch.sum()) for batch in batches)}"
+    job = Job(source, destination, chosen, batches, digest, dtype)
     evaluation = Evaluation(read_config(source), questions(source))
 
     def report(outcome: Outcome) -> Mapping[str, Any]:

@@ -33,6 +33,7 @@ experts = "fp8"
 layers = [3]
 experts = "bf16"
 [calibration]
+text = "owner/name:0.5,pocket:0.5x8192"
 samples = 3
 [solver]
 damping = 1
@@ -47,6 +48,7 @@ def test_what_a_file_means() -> None:
     assert recipe.scheme(Component.O_PROJ, 2, 4).name == "fp8"
     assert recipe.scheme(Component.DENSE, 2, 4).name == "bf16"
     assert (recipe.calibration.samples, recipe.calibration.length) == (3, 2048)
+    assert recipe.calibration.text == "owner/name:0.5,pocket:0.5x8192"
     assert (recipe.solver.damping, recipe.solver.method) == (1.0, Method.RTN)
 
 
@@ -55,6 +57,8 @@ def test_the_command_line_wins_over_the_file() -> None:
     assert (recipe.calibration.samples, recipe.calibration.seed) == (9, 4)
     assert recipe.solver.method is Method.GPTQ
     assert recipe.calibration.length == 2048
+    assert recipe.calibration.text == "owner/name:0.5,pocket:0.5x8192"
+    assert adjusted(recipe, text="a.txt").calibration.text == "a.txt"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,7 @@ def test_the_command_line_wins_over_the_file() -> None:
         ("[schemes]\n[solver]\nact_order = 1", "is no bool"),
         ("[schemes]\n[solver]\nmethod = 'awq'", "is none of gptq, rtn"),
         ("[schemes]\n[calibration]\nsamples = 'x'", "is no int"),
+        ("[schemes]\n[calibration]\ntext = 3", "is no str"),
         ("[schemes]\n[[override]]\nexperts = 'int4'", "needs layers"),
         ("[schemes", "not valid TOML"),
     ],

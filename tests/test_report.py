@@ -146,6 +146,42 @@ def test_no_line_is_wider_than_the_terminal() -> None:
     assert max(len(line) for line in verdict.splitlines()) <= WIDTH
 
 
+def test_experts_with_too_few_tokens_are_marked() -> None:
+    report = copy.deepcopy(FULL)
+    report["calibration"]["coverage"] = {
+        "needed": 256,
+        "experts": 7,
+        "poor": [{"layer": 1, "experts": [1]}, {"layer": 3, "experts": [0, 1, 3]}],
+        "worst": {"layer": 3, "expert": 0, "tokens": 0},
+        "warning": "4 of 7 experts",
+    }
+    lines = squeezed(render(report))
+    assert "layer experts mean fewest (expert) most (expert) poor" in lines
+    assert "1 3 1,170.7 100* (1) 3,000 (2) 1" in lines
+    assert "3 4 16,409.0 0* (0) 65,536 (2) 3" in lines
+    meaning = "* poor: 4 of 7 experts, fewer tokens than the 256 inputs of their widest matrix"
+    assert meaning in lines
+    report["calibration"]["coverage"]["poor"] = [{"layer": 3, "experts": [0, 3]}]
+    assert "1 3 1,170.7 100 (1) 3,000 (2)" in squeezed(render(report))
+    for coverage in (None, {**report["calibration"]["coverage"], "poor": []}):
+        report["calibration"]["coverage"] = coverage
+        assert render(report) == render(FULL)
+
+
+def test_a_mix_is_told_text_by_text() -> None:
+    report = copy.deepcopy(FULL)
+    part = {"source": "pocket", "share": 0.6, "samples": 77, "length": 512, "tokens": 39424}
+    report["calibration"]["mix"] = [part]
+    assert "calibration pocket, 77 samples of 512 tokens, seed 7" in squeezed(render(report))
+    other = {"source": "o/n", "share": 0.4, "samples": 3, "length": 8192, "tokens": 24576}
+    report["calibration"]["mix"] = [part, other]
+    told = (
+        "calibration pocket 60.0 % in 77 samples of 512 tokens, o/n 40.0 % in 3 samples of 8,192 "
+        "tokens, seed 7"
+    )
+    assert told in " ".join(render(report).split())
+
+
 def test_one_depth_needs_no_table_of_depths() -> None:
     report = copy.deepcopy(FULL)
     del report["evidence"]["retrieval"]["cells"][0]
