@@ -1,6 +1,6 @@
 """The pocket model's sizes, and its config.json as the Hub spells it.
 
-Scout's switches at pocket size. Knows nothing of weights or training. The spelling is that of the
+Scout's switches at pocket size, and variants with Maverick's and with none but dense layers. Knows nothing of weights or training. The spelling is that of the
 published Scout (`rope_scaling` and `rope_theta`, `torch_dtype`), not the one that transformers 5
 writes, because that is what quantization meets in the wild.
 """
@@ -33,10 +33,25 @@ class PocketConfig:
     rope_theta: float = 500_000.0
     rope_factor: float = 16.0
     rope_original: int = 1_024
+    moe_step: int = 1  # every so many layers has experts; 0: none has
+    qk_norm: bool = True
 
     def is_global(self, layer: int) -> bool:
         """Global layers see everything and know no positions; the others see their chunk."""
         return (layer + 1) % self.global_every == 0
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether the layer has routed experts; the others have one dense feed-forward."""
+        return self.moe_step > 0 and (layer + 1) % self.moe_step == 0
+
+
+VARIANTS = {
+    "scout": PocketConfig(),
+    "maverick": PocketConfig(
+        experts=16, moe_step=2, dense_width=512, qk_norm=False, rope_factor=1.0
+    ),
+    "dense": PocketConfig(moe_step=0, dense_width=512, qk_norm=False),
+}
 
 
 def hub_config(config: PocketConfig, special: dict[str, int]) -> dict[str, Any]:
@@ -69,9 +84,10 @@ def _text_config(config: PocketConfig, special: dict[str, int]) -> dict[str, Any
         "hidden_act": "silu",
         "hidden_size": config.hidden,
         "initializer_range": 0.02,
-        "interleave_moe_layer_step": 1,
+        "interleave_moe_layer_step": config.moe_step,
         "intermediate_size": config.expert_width,
         "intermediate_size_mlp": config.dense_width,
+        **({} if config.moe_step else {"moe_layers": []}),
         "max_position_embeddings": config.context,
         "model_type": "llama4_text",
         "no_rope_layers": [int(not config.is_global(layer)) for layer in range(config.layers)],
@@ -83,21 +99,27 @@ def _text_config(config: PocketConfig, special: dict[str, int]) -> dict[str, Any
         "output_router_logits": False,
         "pad_token_id": special["<|finetune_right_pad|>"],
         "rms_norm_eps": config.norm_eps,
-        "rope_scaling": {
-            "factor": config.rope_factor,
-            "high_freq_factor": 1.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": config.rope_original,
-            "rope_type": "llama3",
-        },
+        "rope_scaling": _rope_scaling(config),
         "rope_theta": config.rope_theta,
         "router_aux_loss_coef": 0.001,
         "router_jitter_noise": 0.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        "use_qk_norm": True,
+        "use_qk_norm": config.qk_norm,
         "vocab_size": config.vocabulary,
+    }
+
+
+def _rope_scaling(config: PocketConfig) -> dict[str, Any] | None:
+    if config.rope_factor == 1.0:
+        return None
+    return {
+        "factor": config.rope_factor,
+        "high_freq_factor": 1.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": config.rope_original,
+        "rope_type": "llama3",
     }
 
 

@@ -28,7 +28,7 @@ TEXT = "language_model."
 
 @dataclass(frozen=True)
 class Output:
-    """What one pass gives: last hidden states, balance loss, and tokens by layer and expert."""
+    """What one pass gives: last hidden states, balance loss, and tokens by MoE layer and expert."""
 
     hidden: Tensor
     balance: Tensor
@@ -59,20 +59,34 @@ def initial_weights(config: PocketConfig, deviation: float, seed: int) -> Weight
             f"{prefix}self_attn.v_proj.weight": random(key_value, width),
             f"{prefix}self_attn.o_proj.weight": random(width, query, scale=outward),
             f"{prefix}post_attention_layernorm.weight": torch.ones(width),
-            f"{prefix}feed_forward.router.weight": random(config.experts, width),
-            f"{prefix}feed_forward.experts.gate_up_proj": random(config.experts, width, 2 * expert),
-            f"{prefix}feed_forward.experts.down_proj": random(
-                config.experts, expert, width, scale=outward
-            ),
-            f"{prefix}feed_forward.shared_expert.gate_proj.weight": random(expert, width),
-            f"{prefix}feed_forward.shared_expert.up_proj.weight": random(expert, width),
-            f"{prefix}feed_forward.shared_expert.down_proj.weight": random(
-                width, expert, scale=outward
-            ),
         }
+        weights |= _initial_feed_forward(config, layer, random, outward)
     weights[f"{TEXT}model.norm.weight"] = torch.ones(width)
     weights[f"{TEXT}lm_head.weight"] = random(config.vocabulary, width)
     return weights
+
+
+def _initial_feed_forward(
+    config: PocketConfig, layer: int, random: Callable[..., Tensor], outward: float
+) -> Weights:
+    prefix = f"{layer_prefix(layer)}feed_forward."
+    width, expert = config.hidden, config.expert_width
+
+    def mlp(prefix: str, inner: int) -> Weights:
+        return {
+            f"{prefix}gate_proj.weight": random(inner, width),
+            f"{prefix}up_proj.weight": random(inner, width),
+            f"{prefix}down_proj.weight": random(width, inner, scale=outward),
+        }
+
+    if not config.is_moe(layer):
+        return mlp(prefix, config.dense_width)
+    return {
+        f"{prefix}router.weight": random(config.experts, width),
+        f"{prefix}experts.gate_up_proj": random(config.experts, width, 2 * expert),
+        f"{prefix}experts.down_proj": random(config.experts, expert, width, scale=outward),
+        **mlp(f"{prefix}shared_expert.", expert),
+    }
 
 
 # Elementwise pieces. They cost more than the matrix products on a CPU, so that the trainer may
@@ -89,12 +103,18 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return (functional.silu(gate) * up).to(gate_up.dtype)
 
 
-def _rotate_and_norm(states: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> Tensor:
-    """RoPE on interleaved pairs, then the L2 norm over the head; [tokens, heads, head]."""
+def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """RoPE on interleaved pairs; [tokens, heads, head]."""
     pairs = states.float().unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cosine, sine = cosine[:, None], sine[:, None]
     turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1).flatten(-2)
+    return turned.to(states.dtype)
+
+
+def _rotate_and_norm(states: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> Tensor:
+    """RoPE, then the L2 norm over the head."""
+    turned = _rotate(states.float(), cosine, sine)
     scaled = turned * torch.rsqrt(turned.pow(2).mean(-1, keepdim=True) + eps)
     return scaled.to(states.dtype)
 
@@ -112,7 +132,8 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 _PIECES: dict[str, Callable[..., Tensor]] = {
     "norm": _norm,
     "swiglu": _swiglu,
-    "rotate": _rotate_and_norm,
+    "rotate": _rotate,
+    "rotate and norm": _rotate_and_norm,
     "add": _add,
     "losses": _token_losses,
 }
@@ -201,7 +222,10 @@ def _attention(
         part = length
     else:
         both = torch.cat((query, key), dim=1)
-        both = _PIECES["rotate"](both, *rope, config.norm_eps)
+        if config.qk_norm:
+            both = _PIECES["rotate and norm"](both, *rope, config.norm_eps)
+        else:
+            both = _PIECES["rotate"](both, *rope)
         query, key = both.split((config.query_heads, config.key_value_heads), dim=1)
         part = min(config.chunk, length)
     if length % part:
@@ -241,10 +265,13 @@ def _experts(
     routed = _grouped_matmul(inner, weights[f"{prefix}experts.down_proj"], ends)
     routed = _permute(routed, back, order)
 
-    shared = f"{prefix}shared_expert."
-    stacked = torch.cat([weights[f"{shared}{name}_proj.weight"] for name in ("gate", "up")])
+    return _mlp(weights, f"{prefix}shared_expert.", normed), routed, balance, counts
+
+
+def _mlp(weights: Weights, prefix: str, normed: Tensor) -> Tensor:
+    stacked = torch.cat([weights[f"{prefix}{name}_proj.weight"] for name in ("gate", "up")])
     inner = _PIECES["swiglu"](functional.linear(normed, stacked))
-    return functional.linear(inner, weights[f"{shared}down_proj.weight"]), routed, balance, counts
+    return functional.linear(inner, weights[f"{prefix}down_proj.weight"])
 
 
 def forward(
@@ -272,13 +299,17 @@ def forward(
         hidden = hidden + _attention(cast, config, layer, normed, (rows, length), rope)
         weight = cast[f"{prefix}post_attention_layernorm.weight"]
         normed = norm(hidden, weight, config.norm_eps, dtype)
+        if not config.is_moe(layer):
+            hidden = hidden + _mlp(cast, f"{prefix}feed_forward.", normed)
+            continue
         router = weights[f"{prefix}feed_forward.router.weight"]
         shared, routed, layer_balance, counts = _experts(cast, config, layer, normed, router)
         hidden = _PIECES["add"](hidden, shared, routed)
         balance = balance + layer_balance / config.layers
         loads.append(counts)
     hidden = norm(hidden, cast[f"{TEXT}model.norm.weight"], config.norm_eps, dtype)
-    return Output(hidden, balance, torch.stack(loads))
+    found = torch.stack(loads) if loads else torch.ones(1, 1)
+    return Output(hidden, balance, found)
 
 
 def logits(weights: Weights, hidden: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.pocket import net
-from benchmarks.pocket.config import PocketConfig
+from benchmarks.pocket.config import VARIANTS, PocketConfig
 from benchmarks.pocket.export import special_ids, write_checkpoint
 from benchmarks.pocket.muon import MuonAdamW
 from benchmarks.pocket.tasks import Phase, Rows, Special, flatten
@@ -127,7 +127,7 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.config = PocketConfig()
+        self.config = VARIANTS[options.variant]
         tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
         special = special_ids(options.model)
         text = (options.text / "train.txt").read_text(encoding="utf-8")
@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder of train.txt, heldout.txt")
     parser.add_argument("--model", type=Path, required=True, help="folder with the tokenizer")
     parser.add_argument("--work", type=Path, required=True, help="where the state is kept")
+    parser.add_argument("--variant", choices=VARIANTS, default="scout")
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
