@@ -29,21 +29,51 @@ from llama4q.hub import resolve
 from llama4q.recipe import Method, Recipe, Solver, load_recipe
 from llama4q.text import load_tokenizer, parse_source
 
-PLAIN = Solver(damping=0.01, act_order=False, scale_points=1, shrinkage=False, correction=False)
-STEPS = {
-    "int4 round to nearest": ("int4", Solver(method=Method.RTN)),
-    "int4 GPTQ, plain": ("int4", PLAIN),
-    "+ act-order": ("int4", dataclasses.replace(PLAIN, act_order=True)),
-    "+ scale search": ("int4", dataclasses.replace(PLAIN, act_order=True, scale_points=20)),
-    "+ damping 0.003": ("int4", Solver(shrinkage=False, correction=False)),
-    "+ shrinkage": ("int4", Solver(correction=False)),
-    "+ correction (default)": ("int4", Solver()),
-    "int4-g32 round to nearest": ("int4-g32", Solver(method=Method.RTN)),
-    "int4-g32 (default)": ("int4-g32", Solver()),
-    "int4-fp8 (default)": ("int4-fp8", Solver()),
-    "mixed (default)": ("mixed", Solver()),
-    "fp8": ("fp8", Solver()),
+PLAIN = Solver(
+    damping=0.01, token_damping=0.0, act_order=False, scale_points=1, signed_scales=False, beams=1, shrinkage=False,
+    weighting=False, correction=False,
+)  # fmt: skip
+ADDED: dict[str, dict[str, Any]] = {
+    "GPTQ, plain": {},
+    "+ act-order": {"act_order": True},
+    "+ scale search": {"scale_points": 20},
+    "+ damping 0.003": {"damping": 0.003},
+    "+ damping by tokens": {"token_damping": 0.5},
+    "+ shrinkage": {"shrinkage": True},
+    "+ correction": {"correction": True},
+    "+ signed scales": {"signed_scales": True},
+    "+ 8 beams": {"beams": 8},
+    "+ weighting (default)": {"weighting": True},
 }
+TAKEN: dict[str, dict[str, Any]] = {
+    "- act-order": {"act_order": False},
+    "- scale search": {"scale_points": 1},
+    "- shrinkage": {"shrinkage": False},
+    "- correction": {"correction": False},
+    "- signed scales": {"signed_scales": False},
+    "- beams": {"beams": 1},
+    "4 beams": {"beams": 4},
+    "- weighting": {"weighting": False},
+    "- damping by tokens": {"token_damping": 0.0},
+    "damping 0.001": {"damping": 0.001},
+    "damping 0.01": {"damping": 0.01},
+}
+
+
+def steps() -> dict[str, tuple[str, Solver]]:
+    """Rows of the table: recipe and solver settings."""
+    found = {"int4 round to nearest": ("int4", Solver(method=Method.RTN))}
+    solver = PLAIN
+    for name, setting in ADDED.items():
+        solver = dataclasses.replace(solver, **setting)
+        found[f"int4 {name}"] = ("int4", solver)
+    assert solver == Solver(), "the last step is the default"
+    for name, setting in TAKEN.items():
+        found[f"int4 {name}"] = ("int4", dataclasses.replace(Solver(), **setting))
+    for recipe in ("int3", "int4-g64", "int4-g32", "int8", "fp8", "int4-fp8", "mixed"):
+        found[f"{recipe} round to nearest"] = (recipe, Solver(method=Method.RTN))
+        found[f"{recipe} (default)"] = (recipe, Solver())
+    return found
 
 
 class Silent:
@@ -108,7 +138,7 @@ def main() -> None:
         f"{'routing':>8} {'perplexity':>11} {'needles':>8} {'seconds':>8}"
     )
     first = None
-    for name, (recipe_name, solver) in STEPS.items():
+    for name, (recipe_name, solver) in steps().items():
         if options.only and options.only not in name:
             continue
         recipe = dataclasses.replace(load_recipe(recipe_name), solver=solver)

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from llama4q.schemes import QuantizedWeight, Scheme, absmax_scales, storable
+from llama4q.schemes import Kind, QuantizedWeight, Scheme, absmax_scales, storable
+
+from .lookahead import Rows, solve_block
 
 BLOCK = 128  # rows between two large products
-STRIP = 16  # rows between two small ones
-SMALLEST_CLIP = 0.6  # of the abs-max scale, the end of the scale search
+SMALLEST_CLIP = 0.6  # of the abs-max scale, the end of the scale search of integers
+LARGEST_FLOAT = 2.0  # the same for E4M3: over one binade all mantissas have come up
 DAMPING_RETRIES = 3  # each ten times the damping before
 
 
@@ -78,11 +80,14 @@ def _factor(order: torch.Tensor, lower: torch.Tensor, damping: float, attempts: 
 
 
 def choose_scales(
-    weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme, points: int
+    weight: torch.Tensor, importance: torch.Tensor, scheme: Scheme, points: int, signed: bool
 ) -> torch.Tensor:
-    """The BF16 scale of each group that minimises sum_j D_j (w_j - s code_j)^2, `[I/group, O]`.
+    """The scale of each group that minimises sum_j D_j (w_j - s code_j)^2, `[I/group, O]`.
 
-    Tries `points` fractions of the abs-max scale between 1 and SMALLEST_CLIP; 1 point is abs-max.
+    Tries `points` fractions of the abs-max scale; 1 point is abs-max. `signed` tries the negative
+    scales too: integers reach one step further below zero than above, so that a group whose largest
+    weight is positive is better stored upside down. BF16 for integers, F32 with BF16's values for
+    E4M3, whose grid is symmetric.
     """
     largest = absmax_scales(weight, scheme)
     groups = largest.shape[0]
@@ -90,66 +95,48 @@ def choose_scales(
     weights = importance.view(groups, -1, 1)
     best = storable(largest)
     least = torch.full_like(largest, torch.inf)
-    for fraction in torch.linspace(1, SMALLEST_CLIP, points).tolist():
+    for fraction in _fractions(scheme, points, signed):
         scales = storable(largest * fraction)
         step = scales.float()[:, None, :]
-        codes = torch.round(grouped / step).clamp_(scheme.code_min, scheme.code_max)
-        error = ((grouped - codes * step).square_() * weights).sum(dim=1)
+        error = grouped - scheme.nearest(grouped / step) * step
+        error = (error.square_() * weights).sum(dim=1)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, scales, best)
-    return best
+    return best.float() if scheme.kind is Kind.FLOAT8 else best
+
+
+def _fractions(scheme: Scheme, points: int, signed: bool) -> list[float]:
+    if scheme.kind is Kind.FLOAT8:
+        up: list[float] = torch.linspace(1, LARGEST_FLOAT, points).tolist()
+        return up
+    down: list[float] = torch.linspace(1, SMALLEST_CLIP, points).tolist()
+    return [*down, *(-fraction for fraction in down)] if signed else down
 
 
 def solve(
-    weight: torch.Tensor, factor: Factor, scales: torch.Tensor, scheme: Scheme
+    weight: torch.Tensor, factor: Factor, scales: torch.Tensor, scheme: Scheme, beams: int = 1
 ) -> QuantizedWeight:
-    """Codes of an F32 weight `[I, O]` for given BF16 scales `[I/group, O]`.
+    """Codes of an F32 weight `[I, O]` for given scales `[I/group, O]`.
 
     Left-looking in blocks: each block gathers the corrections of all rows behind it in one product,
-    so that a residual is written once and never rewritten.
+    so that a residual is written once and never rewritten. With several `beams`, roundings compete
+    within a block (lookahead.py); with one this is GPTQ.
     """
     inputs = weight.shape[0]
     group = inputs // scales.shape[0]
+    target, importance = weight[factor.order], factor.importance[factor.order]
     steps = scales.float()[factor.order // group]
-    target = weight[factor.order]
     residual = torch.zeros_like(target)
-    codes = torch.empty(target.shape, dtype=torch.int8, device=weight.device)
+    codes = torch.empty_like(target)
     for stop in range(inputs, 0, -BLOCK):
-        start = max(0, stop - BLOCK)
-        wanted = target[start:stop] + factor.correction[start:stop, stop:] @ residual[stop:]
-        _solve_block(
-            wanted,
-            factor.correction[start:stop, start:stop],
-            target[start:stop],
-            steps[start:stop],
-            residual[start:stop],
-            codes[start:stop],
-            scheme,
-        )
+        block = slice(max(0, stop - BLOCK), stop)
+        wanted = target[block] + factor.correction[block, stop:] @ residual[stop:]
+        rows = Rows(target[block], steps[block], importance[block], factor.correction[block, block])
+        codes[block], residual[block] = solve_block(wanted, rows, scheme, beams)
     found = torch.empty_like(codes)
     found[factor.order] = codes
-    return QuantizedWeight(scheme, found, scales)
-
-
-def _solve_block(
-    wanted: torch.Tensor,
-    correction: torch.Tensor,
-    target: torch.Tensor,
-    steps: torch.Tensor,
-    residual: torch.Tensor,
-    codes: torch.Tensor,
-    scheme: Scheme,
-) -> None:
-    """Round the rows of one block from the last to the first; fills `residual` and `codes`."""
-    for stop in range(len(wanted), 0, -STRIP):
-        start = max(0, stop - STRIP)
-        for row in range(stop - 1, start - 1, -1):
-            code = torch.round(wanted[row] / steps[row]).clamp_(scheme.code_min, scheme.code_max)
-            codes[row] = code.to(torch.int8)
-            residual[row] = target[row] - code * steps[row]
-            wanted[start:row].addr_(correction[start:row, row], residual[row])
-        wanted[:start].addmm_(correction[:start, start:stop], residual[start:stop])
+    return QuantizedWeight(scheme, scheme.stored_codes(found), scales)
 
 
 def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor) -> float:

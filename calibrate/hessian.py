@@ -1,7 +1,8 @@
 """Second moments of a linear's input, the Hessian of its layer loss, and how to trust few tokens.
 
 An expert's Hessian is built from the rows routed to it alone. With few rows it is blended with the
-moments of all tokens, by Ledoit and Wolf's closed form. Knows nothing of models or codes.
+moments of all tokens, and those with their own diagonal, by Ledoit and Wolf's closed form. Knows
+nothing of models or codes.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from dataclasses import dataclass
 import torch
 
 ROWS_AT_ONCE = 8192  # bounds the F32 copies, not the result's meaning
+MOST_TOKEN_DAMPING = 0.3  # beyond it hardly anything changes, down to no tokens at all
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """The mean of `x x^T` over `tokens` rows, F32 `[I, I]`; `shrinkage` is the pool's share."""
+    """The mean of `x x^T` over `tokens` rows, F32 `[I, I]`; `shrinkage` is its target's share."""
 
     matrix: torch.Tensor
     tokens: int
     shrinkage: float = 0.0
 
-    def blended(self, pool: Hessian, share: float) -> Hessian:
-        """(1 - share) of this and `share` of `pool`."""
-        return Hessian(torch.lerp(self.matrix, pool.matrix, share), self.tokens, share)
+    def blended(self, target: Hessian, share: float) -> Hessian:
+        """(1 - share) of this and `share` of `target`."""
+        return Hessian(torch.lerp(self.matrix, target.matrix, share), self.tokens, share)
+
+    def alone(self) -> Hessian:
+        """Only its diagonal: inputs that have nothing to do with each other."""
+        return Hessian(torch.diag(self.matrix.diagonal()), self.tokens)
 
 
 def measure(batches: Iterable[torch.Tensor], inputs: int) -> Hessian:
@@ -39,26 +45,44 @@ def measure(batches: Iterable[torch.Tensor], inputs: int) -> Hessian:
     return Hessian(total / max(tokens, 1), tokens)
 
 
-def shrink(own: Hessian, pool: Hessian, rows: torch.Tensor) -> Hessian:
-    """Blend `own`, measured on `rows [N, I]`, with `pool`: the fewer the rows, the more pool.
+def joined(first: Hessian, second: Hessian) -> Hessian:
+    """The Hessian of both sets of rows."""
+    tokens = first.tokens + second.tokens
+    return Hessian(torch.lerp(first.matrix, second.matrix, second.tokens / max(tokens, 1)), tokens)
+
+
+def damping_for(hessian: Hessian, base: float, by_tokens: float) -> float:
+    """The share of the mean diagonal to add: `base`, and more the fewer tokens an input has.
+
+    A sample of T tokens misses the true moments by about sqrt(I / T), most in the directions of the
+    smallest ones, where the solver would put its errors. The form was found by measuring, NOTES.md.
+    """
+    short = by_tokens * len(hessian.matrix) / max(hessian.tokens, 1)
+    return base + min(short, MOST_TOKEN_DAMPING)
+
+
+def shrink(own: Hessian, target: Hessian, batches: Iterable[torch.Tensor]) -> Hessian:
+    """Blend `own`, measured on rows `[N, I]`, with `target`: the fewer the rows, the more of it.
 
     (1 - rho) S + rho P with rho = [(mean |x|^4 - |S|^2) / N] / |S - P|^2, clipped to [0, 1], in
     coordinates where P has a unit diagonal. Source: Ledoit and Wolf 2004, "A well-conditioned
-    estimator for large-dimensional covariance matrices", with the pool as the target.
+    estimator for large-dimensional covariance matrices", with another target than theirs: the
+    moments of all tokens for an expert, the matrix's own diagonal for those of all tokens.
     """
     if own.tokens == 0:
-        return Hessian(pool.matrix, 0, 1.0)
-    spread = pool.matrix.diagonal().sqrt()
+        return Hessian(target.matrix, 0, 1.0)
+    spread = target.matrix.diagonal().sqrt()
     scale = torch.where(spread > 0, 1 / spread, torch.ones_like(spread))
     estimate = own.matrix * scale[:, None] * scale
-    target = pool.matrix * scale[:, None] * scale
-    distance = (estimate - target).square().sum()
+    aim = target.matrix * scale[:, None] * scale
+    distance = (estimate - aim).square().sum()
     if distance == 0:
         return own
     fourth = sum(
         (part.float() * scale).square().sum(dim=1).square().sum().item()
+        for rows in batches
         for part in rows.split(ROWS_AT_ONCE)
     )
     noise = (fourth / own.tokens - estimate.square().sum()) / own.tokens
     share = float((noise / distance).clamp(0, 1))
-    return own.blended(pool, share)
+    return own.blended(target, share)

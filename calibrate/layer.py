@@ -7,6 +7,7 @@ files, other layers or the original stream.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from llama4q.config import ModelConfig
 from llama4q.model import DecoderLayer, Linear, Mlp, Moe, attention, feed_forward_input, route
 from llama4q.packing import pack
-from llama4q.recipe import Method, Recipe, Solver
+from llama4q.recipe import Method, Recipe
 from llama4q.schemes import (
     Kind,
     QuantizedWeight,
@@ -28,11 +29,12 @@ from llama4q.stream import TOKENS_AT_ONCE
 from llama4q.weights import DOWN, GATE, UP, Component
 
 from .gptq import choose_scales, factorize, solve
-from .hessian import Hessian, measure, shrink
-from .target import Pair, corrected
+from .hessian import Hessian, damping_for, joined, measure, shrink
+from .judge import can_judge, error, held_out, parts_of
+from .target import HELD_OUT, Moments, Pair, corrected
+from .weighting import hidden_and_weights
 
 POOL_ROWS = 2  # times the inputs: rows of other tokens that a blend is estimated from
-ERROR_ROWS = 1024  # rows that the reported error is measured on
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class GroupReport:
 
     name: str
     scheme: str
-    tokens: int  # rows that its Hessian was measured on
-    error: float | None  # |X (W - Q)|^2 / |X W|^2 for the W aimed at; None without rows
+    tokens: int  # calibration tokens that reached it
+    error: float | None  # share of the wanted output's energy that is wrong; None without tokens
+    rounding_error: float | None  # the same for plain rounding
     shrinkage: float  # share of the pooled Hessian
     damping: float  # of the mean diagonal; 0 where nothing was factored
     correction: float  # share of the correction for what earlier layers damaged; 0 to 1
@@ -54,7 +57,7 @@ class Rescue:
     """A matrix that did not go the usual way, and what was done instead."""
 
     tensor: str
-    kind: str  # "damping", "fallback", "no tokens" or "uncorrected"
+    kind: str  # "damping", "fallback", "no tokens", "uncorrected" or "kept rounding"
     detail: str
 
 
@@ -90,7 +93,7 @@ class LayerQuantizer:
 
         `served` are those of the quantized model, `plain` those of the original, in batches.
         """
-        half = torch.cat([_halves_of(hidden) for hidden in served])
+        parts = parts_of([(batch.shape[0], batch.shape[1]) for batch in served])
         # Copies, so that they can be added to: each is as large as a whole stream.
         hidden, hidden_plain = (
             torch.cat([batch.flatten(0, 1) for batch in stream]) for stream in (served, plain)
@@ -99,7 +102,7 @@ class LayerQuantizer:
             torch.cat([attention(self.config, layer, batch).flatten(0, 1) for batch in stream])
             for stream in (served, plain)
         )
-        output = self._o_proj(layer.o, Pair(mixed, original, hidden_plain - hidden, half))
+        output = self._o_proj(layer.o, Pair(mixed, original, hidden_plain - hidden, parts))
         hidden.add_(output(mixed))
         hidden_plain.add_(layer.o(original))
         del mixed, original
@@ -107,7 +110,7 @@ class LayerQuantizer:
             feed_forward_input(self.config, layer, hidden[None]),
             feed_forward_input(self.config, layer, hidden_plain[None]),
             None,
-            half,
+            parts,
         )
         lacking = hidden_plain.sub_(hidden)
         del hidden
@@ -133,22 +136,21 @@ class LayerQuantizer:
             rows,
             torch.where(same, inputs.original * plain.score, rows),
             None,
-            inputs.half,
+            inputs.part,
         )
         lacking.mul_(same)
-        pool = self._pool(scaled.served)
+        others = self._others(scaled)
         for number, expert in enumerate(moe.experts):
             where = served.rows(number)
             mine = scaled.rows(where)
-            self.result.expert_tokens.append(len(mine.half))
+            self.result.expert_tokens.append(len(mine.part))
             self._mlp(
                 f"{name}.experts.{number}",
                 expert,
                 mine,
                 lacking[where],
                 Component.EXPERTS,
-                scaled.served,
-                pool,
+                others,
             )
 
     def _o_proj(self, linear: Linear, pair: Pair) -> Linear:
@@ -161,12 +163,18 @@ class LayerQuantizer:
         self.result.tensors += pack(name, found)
         return as_served(found, linear.weight.dtype)
 
-    def _pool(self, scaled: torch.Tensor) -> Hessian | None:
-        """The moments of all tokens, which experts with few tokens are blended with."""
+    def _others(self, scaled: Pair) -> _Others | None:
+        """What all tokens say, for experts that saw too few of their own."""
         scheme = self.schemes[Component.EXPERTS]
-        if not (_uses_hessian(scheme, self.solver) and self.solver.shrinkage):
+        if not (scheme.quantizes and self.solver.method is Method.GPTQ):
             return None
-        return measure([scaled], self.config.hidden_size)
+        seen = torch.nonzero(scaled.part != HELD_OUT).squeeze(1)
+        sample = scaled.served[_spaced(seen, POOL_ROWS * self.config.expert_size)]
+        pool = None
+        if self.solver.shrinkage:
+            pool = measure(scaled.seen(), self.config.hidden_size)
+            pool = shrink(pool, pool.alone(), scaled.seen())
+        return _Others(sample, pool, held_out(scaled))
 
     def _mlp(
         self,
@@ -175,8 +183,7 @@ class LayerQuantizer:
         rows: Pair,
         lacking: torch.Tensor,
         component: Component,
-        everyone: torch.Tensor | None = None,
-        pool: Hessian | None = None,
+        others: _Others | None = None,
     ) -> Mlp:
         """Quantize gate and up together, then down on what the quantized pair makes of `rows`.
 
@@ -189,18 +196,19 @@ class LayerQuantizer:
                 self.result.tensors += _unfused(name, mlp)
             return mlp
         dtype = mlp.down.weight.dtype
-        pair = self._weight(f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, pool)
+        original, weights = hidden_and_weights(mlp, rows.original)
+        if self.solver.weighting:
+            rows = dataclasses.replace(rows, weights=weights)
+        pair = self._weight(f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, others)
         served = Mlp(as_served(pair, dtype), mlp.down)
-        down_pool = None
-        if pool is not None and everyone is not None:
-            down_pool = self._down_pool(served, everyone)
         hidden = Pair(
             in_parts(served.hidden, rows.served),
-            in_parts(mlp.hidden, rows.original),
+            original,
             lacking,
-            rows.half,
+            rows.part,
         )
-        down = self._weight(f"{name}.{DOWN}", mlp.down.weight, hidden, scheme, down_pool)
+        through = None if others is None else others.through(mlp, served)
+        down = self._weight(f"{name}.{DOWN}", mlp.down.weight, hidden, scheme, through)
         gate, up = _halves(pair)
         self.result.tensors += [
             *pack(f"{name}.{GATE}", gate),
@@ -209,31 +217,34 @@ class LayerQuantizer:
         ]
         return Mlp(served.gate_up, as_served(down, dtype))
 
-    def _down_pool(self, served: Mlp, everyone: torch.Tensor) -> Hessian:
-        """Moments of down's input if a sample of all tokens went through this expert."""
-        size = self.config.expert_size
-        return measure([served.hidden(_spaced(everyone, POOL_ROWS * size))], size)
-
     def _weight(
         self,
         name: str,
         weight: torch.Tensor,
         pair: Pair,
         scheme: Scheme,
-        pool: Hessian | None = None,
+        others: _Others | None = None,
     ) -> QuantizedWeight:
         """Codes of one in-major weight for its input rows, with a report of how they were found."""
         began = time.perf_counter()
         exact = weight.float()
-        if _uses_hessian(scheme, self.solver):
-            solved = self._solve(name, exact, pair, pool, scheme)
-        else:
-            solved = _Solved(round_to_nearest(exact, scheme), exact)
+        solved = _Solved(round_to_nearest(exact, scheme))
+        stand_in = None if others is None else others.held
+        wrong = rounding = error(exact, solved.found, pair, stand_in)
+        if self.solver.method is Method.GPTQ:
+            candidate = self._solve(name, exact, pair, others, scheme)
+            wrong = error(exact, candidate.found, pair, stand_in)
+            if wrong is not None and rounding is not None and wrong > rounding:
+                self._rescue(name, "kept rounding", f"error {wrong:.2e} against {rounding:.2e}")
+                wrong = rounding
+            else:
+                solved = candidate
         report = GroupReport(
             name=name,
             scheme=scheme.name,
-            tokens=len(pair.half),
-            error=output_error(solved.aim, solved.found.dequantize(), pair.served),
+            tokens=len(pair.part),
+            error=wrong,
+            rounding_error=rounding,
             shrinkage=solved.shrinkage,
             damping=solved.damping,
             correction=solved.correction,
@@ -244,52 +255,79 @@ class LayerQuantizer:
         return solved.found
 
     def _solve(
-        self, name: str, weight: torch.Tensor, pair: Pair, pool: Hessian | None, scheme: Scheme
+        self, name: str, weight: torch.Tensor, pair: Pair, others: _Others | None, scheme: Scheme
     ) -> _Solved:
         """GPTQ on the corrected weight; whatever does not go the usual way is named."""
-        hessian = measure([pair.served], len(weight))
-        if pool is not None:
-            hessian = shrink(hessian, pool, pair.served)
+        correct = self.solver.correction and (others is None or can_judge(pair))
+        halves = None
+        if correct:
+            halves = Moments.of(weight, pair, 0), Moments.of(weight, pair, 1)
+            hessian = joined(halves[0].hessian, halves[1].hessian)
+        else:
+            hessian = measure(pair.seen(), len(weight))
+        pool = others.pool if others is not None and others.pool is not None else hessian.alone()
+        if self.solver.shrinkage:
+            hessian = shrink(hessian, pool, pair.seen())
             if hessian.tokens == 0:
                 self._rescue(name, "no tokens", "no calibration token reached it: pooled Hessian")
-        factor = factorize(hessian.matrix, self.solver.damping, self.solver.act_order)
+        damping = damping_for(hessian, self.solver.damping, self.solver.token_damping)
+        factor = factorize(hessian.matrix, damping, self.solver.act_order)
         if factor is None:
             self._rescue(name, "fallback", "its Hessian does not factor; rounded to nearest")
-            return _Solved(round_to_nearest(weight, scheme), weight)
+            return _Solved(round_to_nearest(weight, scheme))
         if factor.attempts > 1:
             self._rescue(name, "damping", f"raised to {factor.damping:g} before it factored")
         share = hessian.shrinkage
 
         def blended(own: Hessian) -> Hessian:
-            return own if pool is None else own.blended(pool, share)
+            return own.blended(pool, share) if share else own
 
-        correction = 0.0
-        if self.solver.correction:
-            weight, share_taken = corrected(weight, pair, factor, blended)
-            if share_taken is None and hessian.tokens:
-                self._rescue(name, "uncorrected", "half of the calibration sequences say nothing")
-            correction = share_taken or 0.0
-        scales = choose_scales(weight, factor.importance, scheme, self.solver.scale_points)
-        found = solve(weight, factor, scales, scheme)
-        return _Solved(found, weight, share, factor.damping, correction)
+        correction: float | None = 0.0
+        if halves is not None:
+            weight, correction = corrected(weight, halves, factor, blended)
+        if self.solver.correction and hessian.tokens and (correction is None or not correct):
+            self._rescue(name, "uncorrected", "too few calibration tokens to judge a correction")
+        scales = choose_scales(
+            weight, factor.importance, scheme, self.solver.scale_points, self.solver.signed_scales
+        )
+        found = solve(weight, factor, scales, scheme, self.solver.beams)
+        return _Solved(found, share, factor.damping, correction or 0.0)
 
     def _rescue(self, name: str, kind: str, detail: str) -> None:
         self.result.rescues.append(Rescue(name, kind, detail))
 
 
 @dataclass(frozen=True)
+class _Others:
+    """What the tokens of all experts say of one that saw few."""
+
+    sample: torch.Tensor  # [N, D] some that moments may see, as experts get them
+    pool: Hessian | None  # None: no shrinkage
+    held: Pair  # some that no moment saw
+
+    def through(self, original: Mlp, served: Mlp) -> _Others:
+        """The same for down, if all of them went through one expert."""
+        pool = None
+        if self.pool is not None:
+            rows = served.hidden(self.sample)
+            pool = measure([rows], rows.shape[1])
+            pool = shrink(pool, pool.alone(), [rows])
+        held = dataclasses.replace(
+            self.held,
+            served=served.hidden(self.held.served),
+            original=original.hidden(self.held.original),
+        )
+        return _Others(self.sample, pool, held)
+
+
+@dataclass(frozen=True)
 class _Solved:
-    """The codes of a weight, the weight they aimed at, and how they were found."""
+    """The codes of a weight, and how they were found."""
 
     found: QuantizedWeight
-    aim: torch.Tensor
     shrinkage: float = 0.0
     damping: float = 0.0
     correction: float = 0.0
-
-
-def _uses_hessian(scheme: Scheme, solver: Solver) -> bool:
-    return scheme.kind is Kind.INT and solver.method is Method.GPTQ
 
 
 def as_served(found: QuantizedWeight, dtype: torch.dtype) -> Linear:
@@ -303,24 +341,9 @@ def in_parts(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tenso
     return torch.cat([function(part) for part in rows.split(TOKENS_AT_ONCE)])
 
 
-def output_error(weight: torch.Tensor, found: torch.Tensor, rows: torch.Tensor) -> float | None:
-    """The share of the output's energy that quantizing loses, on at most ERROR_ROWS rows."""
-    if not len(rows):
-        return None
-    sample = _spaced(rows, ERROR_ROWS).float()
-    total = (sample @ weight).square().sum()
-    return float((sample @ (weight - found)).square().sum() / total) if total > 0 else 0.0
-
-
 def _spaced(rows: torch.Tensor, count: int) -> torch.Tensor:
     """About `count` rows, evenly spaced; all of them when there are fewer."""
     return rows[:: max(1, len(rows) // count)]
-
-
-def _halves_of(hidden: torch.Tensor) -> torch.Tensor:
-    """Which half each token of `[S, T, D]` belongs to, `[S * T]` bool: every other sequence."""
-    sequences, length = hidden.shape[:2]
-    return (torch.arange(sequences) % 2 == 1).repeat_interleave(length)
 
 
 def _halves(pair: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:

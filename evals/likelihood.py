@@ -16,33 +16,33 @@ from .statistics import clustered_mean, percentile, perplexity
 
 
 class Likelihood:
-    """Collects the token losses of both models and their divergence, window by window."""
+    """Collects the token losses of both models and their divergence, window by window, `[T]` each."""
 
     def __init__(self) -> None:
-        self._original: list[torch.Tensor] = []
-        self._quantized: list[torch.Tensor] = []
-        self._divergence: list[torch.Tensor] = []
-        self._agree: list[torch.Tensor] = []
+        self.original: list[torch.Tensor] = []
+        self.quantized: list[torch.Tensor] = []
+        self.divergence: list[torch.Tensor] = []
+        self.agree: list[torch.Tensor] = []
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> None:
         """One window: both models' logits `[T, vocabulary]` and the tokens `[T]` that came."""
         plain = functional.log_softmax(original.float(), dim=-1)
         served = functional.log_softmax(quantized.float(), dim=-1)
-        self._original.append(-plain.gather(1, targets[:, None]).squeeze(1))
-        self._quantized.append(-served.gather(1, targets[:, None]).squeeze(1))
+        self.original.append(-plain.gather(1, targets[:, None]).squeeze(1))
+        self.quantized.append(-served.gather(1, targets[:, None]).squeeze(1))
         # KL is never below 0; F32 rounding may make it so by about 1e-7
-        self._divergence.append(
+        self.divergence.append(
             functional.kl_div(served, plain, log_target=True, reduction="none").sum(1)
         )
-        self._agree.append((plain.argmax(1) == served.argmax(1)).float())
+        self.agree.append((plain.argmax(1) == served.argmax(1)).float())
 
     def summary(self, digest: str) -> dict[str, Any]:
         """JSON for the report; `digest` names the tokens."""
-        divergence = clustered_mean(self._divergence)
-        original, quantized = perplexity(self._original), perplexity(self._quantized)
+        divergence = clustered_mean(self.divergence)
+        original, quantized = perplexity(self.original), perplexity(self.quantized)
         return {
-            "tokens": sum(len(window) for window in self._divergence),
-            "windows": len(self._divergence),
+            "tokens": sum(len(window) for window in self.divergence),
+            "windows": len(self.divergence),
             "digest": digest,
             "units": "nats per token",  # of KL(original || quantized)
             "original": {
@@ -55,6 +55,6 @@ class Likelihood:
             },
             "kl_mean": divergence.value,
             "kl_standard_error": divergence.standard_error,
-            "kl_p99": percentile(torch.cat(self._divergence), 99),
-            "top1_agreement": clustered_mean(self._agree).value,
+            "kl_p99": percentile(torch.cat(self.divergence), 99),
+            "top1_agreement": clustered_mean(self.agree).value,
         }

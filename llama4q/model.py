@@ -40,7 +40,11 @@ class Mlp:
 
     def hidden(self, inputs: torch.Tensor) -> torch.Tensor:
         """What `down` is applied to, `[N, F]`."""
-        gate, up = self.gate_up(inputs).chunk(2, dim=-1)
+        return self.activated(self.gate_up(inputs))
+
+    def activated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Gate and up `[N, 2F]` combined, `[N, F]`."""
+        gate, up = gate_up.chunk(2, dim=-1)
         return up * functional.silu(gate)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from .weights import Component, LinearName, linears
 
 
 class Method(Enum):
-    """How the codes of an INT scheme are found. FP8 codes are always rounded to nearest."""
+    """How codes are found."""
 
     GPTQ = "gptq"
     RTN = "rtn"
@@ -46,9 +46,13 @@ class Solver:
 
     method: Method = Method.GPTQ
     damping: float = 0.003  # of the mean of the Hessian's diagonal
+    token_damping: float = 0.5  # times inputs / tokens, added: few tokens know little
     act_order: bool = True  # input features with large activations first
     scale_points: int = 20  # candidate scales a group; 1 keeps the abs-max scale
+    signed_scales: bool = True  # a group may be stored upside down: the longer side of the grid
+    beams: int = 8  # roundings of an output that compete; 0 or 1: the nearest code, as GPTQ
     shrinkage: bool = True  # blend the Hessians of experts with few tokens
+    weighting: bool = True  # tokens that gate and up matter for count more
     correction: bool = True  # make up for what earlier layers damaged
 
 

@@ -40,6 +40,24 @@ class Scheme:
     def code_max(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """The value of the code nearest to each of `values`, which count in steps; saturates."""
+        if self.kind is Kind.FLOAT8:
+            return to_float8(values).float()
+        return torch.round(values).clamp_(self.code_min, self.code_max)
+
+    def second_nearest(self, values: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
+        """The neighbour of `nearest` on the other side of `values`; `nearest` at the grid's end."""
+        above = values > nearest
+        if self.kind is Kind.FLOAT8:
+            return _float8_neighbour(nearest, above)
+        found = nearest + torch.where(above, 1.0, -1.0)
+        return found.clamp_(self.code_min, self.code_max)
+
+    def stored_codes(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of codes in the dtype in which they are stored."""
+        return values.to(FLOAT8 if self.kind is Kind.FLOAT8 else torch.int8)
+
     @property
     def quantizes(self) -> bool:
         return self.kind is not Kind.BF16
@@ -62,6 +80,7 @@ SCHEMES = {
     for scheme in (
         BF16,
         FP8,
+        Scheme("int3", Kind.INT, 3, 128),
         Scheme("int4", Kind.INT, 4, 128),
         Scheme("int4-g64", Kind.INT, 4, 64),
         Scheme("int4-g32", Kind.INT, 4, 32),
@@ -114,19 +133,33 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
         return QuantizedWeight(scheme, to_float8(weight.float() / exact), exact)
     inputs, outputs = weight.shape
     grouped = weight.float().view(stored.shape[0], -1, outputs)
-    codes = torch.round(grouped / stored.float()[:, None, :])
-    codes = codes.clamp_(scheme.code_min, scheme.code_max).to(torch.int8)
+    codes = scheme.stored_codes(scheme.nearest(grouped / stored.float()[:, None, :]))
     return QuantizedWeight(scheme, codes.view(inputs, outputs), stored)
 
 
 def storable(scales: torch.Tensor) -> torch.Tensor:
     """Scales as engines will have them, BF16. Codes must be found against these, not F32 ones."""
-    return positive(scales.to(torch.bfloat16))
+    stored = scales.to(torch.bfloat16)
+    return torch.where(stored != 0, stored, torch.ones_like(stored))
 
 
 def to_float8(values: torch.Tensor) -> torch.Tensor:
     """To E4M3, saturating: PyTorch's cast alone would turn large values into NaN."""
     return values.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+
+
+def _float8_neighbour(codes: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """The next E4M3 value above each code, or below; the code itself beyond the largest one.
+
+    Sign and magnitude: within one sign the bytes of E4M3 count up as the values do.
+    """
+    stored = codes.to(FLOAT8).view(torch.uint8).to(torch.int16)
+    magnitude, negative = stored & 0x7F, stored >= 0x80
+    signed = torch.where(negative, -magnitude, magnitude) + torch.where(above, 1, -1)
+    largest = torch.tensor(FLOAT8_MAX).to(FLOAT8).view(torch.uint8).to(torch.int16)
+    signed = signed.clamp(-largest, largest)
+    found = torch.where(signed < 0, 0x80 - signed, signed).to(torch.uint8)
+    return found.view(FLOAT8).float()
 
 
 def fake_float8_tokens(inputs: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ def verify(
 ) -> dict[str, int]:
     """Raises UserError at the first tensor that is missing, unexpected, misshapen or damaged.
 
-    Checks every key, shape and dtype, that every scale is finite and above zero, and that each
+    Checks every key, shape and dtype, that every scale is finite and not 0, and that each
     tensor left alone has the source's very bits. Returns what was counted.
     """
     converted = converted_tensors(config, recipe)
@@ -41,10 +41,8 @@ def verify(
         if name.endswith("_scale"):
             scales += 1
             scale = written.get(name).float()
-            if not (torch.isfinite(scale).all() and (scale > 0).all()):
-                raise _damaged(
-                    name, "holds scales that are not finite or not above 0", written.folder
-                )
+            if not (torch.isfinite(scale).all() and (scale != 0).all()):
+                raise _damaged(name, "holds scales that are not finite or are 0", written.folder)
     for name in kept:
         if not _same_bits(written.get(name), source.get(name)):
             raise _damaged(name, "differs from the source", written.folder)

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from calibrate.hessian import Hessian
+from calibrate.judge import parts_of
 from calibrate.run import predicted_bytes
+from calibrate.target import HELD_OUT
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import read_config
 from llama4q.errors import UserError
+from llama4q.model import DecoderLayer, Mlp, Moe, attention, feed_forward_input
 from llama4q.recipe import Calibration, Method, Recipe, Solver, load_recipe
+from llama4q.schemes import Scheme, round_to_nearest
 from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
 
@@ -74,9 +78,13 @@ def test_expert_tokens_against_transformers(tmp_path: Path) -> None:
     [
         {"method": Method.RTN},
         {"damping": 0.3},
+        {"token_damping": 0.0},
         {"act_order": False},
         {"scale_points": 1},
+        {"signed_scales": False},
+        {"beams": 1},
         {"shrinkage": False},
+        {"weighting": False},
         {"correction": False},
     ],
 )
@@ -96,6 +104,7 @@ def test_gptq_has_lower_error_than_rounding_at_the_same_bytes(tmp_path: Path) ->
     for ours, theirs in zip(gptq["layers"], rtn["layers"], strict=True):
         for group, rounded in zip(ours["groups"], theirs["groups"], strict=True):
             assert group["error"] < 0.8 * rounded["error"], group["name"]
+            assert rounded["rounding_error"] == rounded["error"]
     kl = [report["evidence"]["likelihood"]["kl_mean"] for report in (gptq, rtn)]
     assert kl[0] < 0.8 * kl[1]
 
@@ -126,10 +135,11 @@ def test_a_hessian_that_never_factors_falls_back_and_says_so(
     source = tiny.write(tmp_path / "source", SMALL)
 
     def indefinite(batches: Any, inputs: int) -> Hessian:
-        return Hessian(torch.diag(torch.tensor([100.0, -99.0] * (inputs // 2))), 5)
+        return Hessian(torch.diag(torch.tensor([100.0, -99.0] * (inputs // 2))), 10**6)
 
     monkeypatch.setattr("calibrate.layer.measure", indefinite)
-    report = runs.run(source, tmp_path / "out", with_solver(shrinkage=False))
+    unaided = with_solver(shrinkage=False, correction=False)
+    report = runs.run(source, tmp_path / "out", unaided)
     assert {rescue["kind"] for rescue in report["rescues"]} == {"fallback"}
     assert len(report["rescues"]) == sum(len(record["groups"]) for record in report["layers"])
     monkeypatch.undo()
@@ -178,3 +188,54 @@ def test_a_single_sequence_corrects_nothing_and_says_so(tmp_path: Path) -> None:
     groups = [group["name"] for record in report["layers"] for group in record["groups"]]
     assert [rescue["tensor"] for rescue in spoken if rescue["kind"] == "uncorrected"] == groups
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "plain")
+
+
+def test_codes_worse_than_rounding_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A solver gone wrong: every weight falls back to rounding, is counted and named."""
+    source = tiny.write(tmp_path / "source", SMALL)
+
+    def ruined(weight: torch.Tensor, factor: Any, scales: Any, scheme: Scheme, beams: int) -> Any:
+        found = round_to_nearest(weight, scheme)
+        return dataclasses.replace(found, codes=found.codes.flip(0).contiguous())
+
+    monkeypatch.setattr("calibrate.layer.solve", ruined)
+    report = runs.run(source, tmp_path / "out", with_solver())
+    monkeypatch.undo()
+    groups = [group for record in report["layers"] for group in record["groups"]]
+    kept = [rescue for rescue in report["rescues"] if rescue["kind"] == "kept rounding"]
+    assert [rescue["tensor"] for rescue in kept] == [group["name"] for group in groups]
+    assert all(group["error"] == group["rounding_error"] for group in groups)
+    runs.run(source, tmp_path / "rtn", with_solver(method=Method.RTN))
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "rtn")
+
+
+def test_errors_against_held_out_tokens_themselves(tmp_path: Path) -> None:
+    """The reported errors of the first layer's shared gate and up, from the files alone."""
+    source = tiny.write(tmp_path / "source", SMALL)
+    calibration = runs.tokens(source, 16, 128, seed=7)
+    report = runs.run(source, tmp_path / "out", with_solver(weighting=False), calibration)
+    runs.run(source, tmp_path / "rtn", with_solver(method=Method.RTN), calibration)
+    config = read_config(source)
+    folders = (source, tmp_path / "out", tmp_path / "rtn")
+    with torch.inference_mode():
+        layers = [
+            LayerReader(Checkpoint(folder), config, torch.float32).layer(0) for folder in folders
+        ]
+        embedding = LayerReader(Checkpoint(source), config, torch.float32).embedding()
+        hidden = embed(embedding, [calibration])[0]
+        hidden = hidden + layers[0].o(attention(config, layers[0], hidden))
+        inputs = feed_forward_input(config, layers[0], hidden)
+        held = parts_of([(16, 128)]) == HELD_OUT
+        products = [inputs[held] @ _shared(layer).gate_up.weight for layer in layers]
+    energy = products[0].square().sum()
+    expected = [float((found - products[0]).square().sum() / energy) for found in products[1:]]
+    [group] = [one for one in report["layers"][0]["groups"] if "shared_expert.gate" in one["name"]]
+    assert 100 < int(held.sum()) < 150  # a sixteenth
+    assert [group["error"], group["rounding_error"]] == pytest.approx(expected, rel=1e-3)
+
+
+def _shared(layer: DecoderLayer) -> Mlp:
+    assert isinstance(layer.feed_forward, Moe)
+    return layer.feed_forward.shared

@@ -7,7 +7,7 @@ import torch
 
 from calibrate.gptq import factorize
 from calibrate.hessian import Hessian, measure
-from calibrate.target import Pair, corrected
+from calibrate.target import HALVES, HELD_OUT, Moments, Pair, corrected
 
 INPUTS, OUTPUTS = 24, 12
 
@@ -27,14 +27,15 @@ def streams(
     served = original @ spoiled + noise * torch.randn(tokens, INPUTS, generator=generator)
     lacking = lack * torch.randn(tokens, OUTPUTS, generator=generator)
     weight = torch.randn(INPUTS, OUTPUTS, generator=generator)
-    half = torch.arange(tokens) // 8 % 2 == 1
-    return weight, Pair(served, original, lacking, half)
+    part = (torch.arange(tokens) // 8 % 2).to(torch.int8)
+    return weight, Pair(served, original, lacking, part)
 
 
 def target(weight: torch.Tensor, pair: Pair, damping: float) -> tuple[torch.Tensor, float | None]:
     factor = factorize(measure([pair.served], INPUTS).matrix, damping, act_order=True)
     assert factor is not None
-    return corrected(weight, pair, factor, untouched)
+    first, second = (Moments.of(weight, pair, half) for half in HALVES)
+    return corrected(weight, (first, second), factor, untouched)
 
 
 def test_full_correction_against_lstsq() -> None:
@@ -53,14 +54,14 @@ def test_what_is_lacking_is_part_of_the_target() -> None:
     weight, pair = streams(20_000, damage=0.1, noise=0.01)
     bias = pair.served @ torch.ones(INPUTS, OUTPUTS)
     assert pair.lacking is not None
-    shifted = Pair(pair.served, pair.original, pair.lacking + bias, pair.half)
+    shifted = Pair(pair.served, pair.original, pair.lacking + bias, pair.part)
     difference = target(weight, shifted, 1e-8)[0] - target(weight, pair, 1e-8)[0]
     torch.testing.assert_close(difference, torch.ones(INPUTS, OUTPUTS), atol=0.03, rtol=0)
 
 
 def test_streams_that_agree_leave_the_weight_alone() -> None:
     weight, pair = streams(500, damage=0.0, noise=0.0)
-    same = Pair(pair.original, pair.original, None, pair.half)
+    same = Pair(pair.original, pair.original, None, pair.part)
     found, alpha = target(weight, same, 0.003)
     assert alpha == 0
     assert torch.equal(found, weight)
@@ -94,7 +95,36 @@ def test_the_share_falls_with_the_tokens() -> None:
 
 def test_one_half_without_tokens_corrects_nothing() -> None:
     weight, pair = streams(100, damage=0.1, noise=0.1)
-    lonely = pair.rows(torch.nonzero(pair.half).squeeze(1))
+    lonely = pair.rows(torch.nonzero(pair.part).squeeze(1))
     found, alpha = target(weight, lonely, 0.003)
     assert alpha is None
     assert torch.equal(found, weight)
+
+
+def test_held_out_tokens_are_in_no_moment() -> None:
+    weight, pair = streams(400, damage=0.1, noise=0.1)
+    part = pair.part.clone()
+    part[100:200] = HELD_OUT
+    kept = torch.nonzero(part != HELD_OUT).squeeze(1)
+    marked = Pair(pair.served, pair.original, pair.lacking, part)
+    for half in HALVES:
+        with_others = Moments.of(weight, marked, half)
+        alone = Moments.of(weight, pair.rows(kept), half)
+        assert with_others.hessian.tokens == alone.hessian.tokens == int((part == half).sum())
+        torch.testing.assert_close(with_others.hessian.matrix, alone.hessian.matrix)
+        torch.testing.assert_close(with_others.cross, alone.cross)
+
+
+def test_weights_against_repeated_tokens() -> None:
+    """A token of weight 3 counts as three of weight 1: the meaning of a weight."""
+    weight, pair = streams(300, damage=0.1, noise=0.1)
+    times = torch.arange(300) % 3 + 1
+    weighted = Pair(pair.served, pair.original, pair.lacking, pair.part, times.float())
+    repeated = pair.rows(torch.arange(300).repeat_interleave(times))
+    for half in HALVES:
+        ours, theirs = Moments.of(weight, weighted, half), Moments.of(weight, repeated, half)
+        ratio = theirs.hessian.tokens / ours.hessian.tokens
+        torch.testing.assert_close(
+            ours.hessian.matrix, theirs.hessian.matrix * ratio, rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(ours.cross, theirs.cross * ratio, rtol=1e-4, atol=1e-4)

@@ -55,7 +55,7 @@ def change_a_dtype(tensors: Tensors) -> None:
     ("damage", "words"),
     [
         (lose_an_expert, "missing"),
-        (zero_a_scale, "not above 0"),
+        (zero_a_scale, "are 0"),
         (blow_up_a_scale, "not finite"),
         (touch_a_norm, "layers.1.input_layernorm.weight differs from the source"),
         (touch_the_vision_tower, "linear_1.weight differs from the source"),

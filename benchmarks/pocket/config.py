@@ -1,6 +1,7 @@
 """The pocket model's sizes, and its config.json as the Hub spells it.
 
-Scout's switches at pocket size, and variants with Maverick's and with none but dense layers. Knows nothing of weights or training. The spelling is that of the
+Scout's switches at pocket size, and variants with Maverick's and with none but dense layers. Knows
+nothing of weights or training. The spelling is that of the
 published Scout (`rope_scaling` and `rope_theta`, `torch_dtype`), not the one that transformers 5
 writes, because that is what quantization meets in the wild.
 """

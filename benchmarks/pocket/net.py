@@ -46,7 +46,7 @@ def initial_weights(config: PocketConfig, deviation: float, seed: int) -> Weight
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator) * (deviation * scale)
 
-    width, expert = config.hidden, config.expert_width
+    width = config.hidden
     query, key_value = config.query_heads * config.head, config.key_value_heads * config.head
     outward = 1 / math.sqrt(2 * config.layers)
     weights = {f"{TEXT}model.embed_tokens.weight": random(config.vocabulary, width)}

@@ -1,0 +1,79 @@
+"""Whether calibrated codes beat plain rounding on tokens that the solver has not seen.
+
+One run of neighbouring tokens in every HELD_EVERY is kept from all moments. Where too few of those
+reached an expert, the held-out tokens of all experts stand in for its own. Knows nothing of how
+codes are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llama4q.schemes import QuantizedWeight
+
+from .target import HELD_OUT, Pair
+
+LONGEST_RUN = 64  # tokens held out together: one alone would resemble its neighbours
+HELD_EVERY = 16
+RUNS = 64  # at least that many, as long as there are tokens: short texts have shorter runs
+LEAST_TOKENS = 32  # fewer held-out tokens than that judge nothing
+MOST_TOKENS = 1024  # that the judgement is made on
+
+
+def parts_of(shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Which part each token of batches of `shapes` (S, T) belongs to, flat, int8.
+
+    A half, every other sequence, or HELD_OUT.
+    """
+    total = sum(sequences * length for sequences, length in shapes)
+    longest = min(LONGEST_RUN, max(1, total // RUNS))
+    parts, first = [], 0
+    for sequences, length in shapes:
+        number = torch.arange(first, first + sequences)[:, None]
+        run = torch.arange(length)[None] // longest
+        held = (run + number) % HELD_EVERY == HELD_EVERY - 1
+        parts.append(torch.where(held, HELD_OUT, number % 2).to(torch.int8).flatten())
+        first += sequences
+    return torch.cat(parts)
+
+
+def held_out(pair: Pair) -> Pair:
+    """At most MOST_TOKENS of the held-out tokens, evenly spaced."""
+    which = torch.nonzero(pair.part == HELD_OUT).squeeze(1)
+    return pair.rows(_spaced(which))
+
+
+def _spaced(which: torch.Tensor) -> torch.Tensor:
+    return which[:: max(1, -(-len(which) // MOST_TOKENS))]
+
+
+def can_judge(pair: Pair) -> bool:
+    """Whether enough held-out tokens reached this weight."""
+    return int((pair.part == HELD_OUT).sum()) >= LEAST_TOKENS
+
+
+def error(
+    weight: torch.Tensor, found: QuantizedWeight, pair: Pair, stand_in: Pair | None
+) -> float | None:
+    """The share of the wanted output's energy that codes get wrong, on tokens not seen.
+
+    On the stand-in's where the weight's own are too few; on the tokens seen where no others are.
+    None where no token tells.
+    """
+    for judge in (held_out(pair) if can_judge(pair) else None, stand_in):
+        if judge is not None and len(judge.part):
+            return _error(weight, found, judge)
+    every = torch.arange(len(pair.part))
+    return _error(weight, found, pair.rows(_spaced(every))) if len(every) else None
+
+
+def _error(weight: torch.Tensor, found: QuantizedWeight, judge: Pair) -> float:
+    [batch] = judge.batches()
+    wanted = batch.original @ weight
+    if batch.lacking is not None:
+        wanted = wanted + batch.lacking
+    total = wanted.square().sum()
+    wrong = (wanted - batch.served @ found.dequantize()).square().sum()
+    return float(wrong / total) if total > 0 else 0.0
