@@ -14,12 +14,15 @@ from llama4q import __version__
 from llama4q.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
+    from calibrate.data import CalibrationSet
     from calibrate.run import Outcome
     from evals.questions import Questions
     from llama4q.config import ModelConfig
     from llama4q.hub import Source
+    from llama4q.recipe import Calibration
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,9 +33,10 @@ UNITS = {
     "tokens": "calibration tokens that reached an expert or a weight",
     "share": "of the calibration tokens, as asked for, 0 to 1",
     "needed": "calibration tokens, as many as an expert's widest matrix has inputs",
-    "error": "|X (W - Q)|^2 / |X W|^2 on calibration rows, W the weight that codes aim at",
+    "error": "share of the wanted output's energy, on calibration tokens held out of the solver",
+    "rounding_error": "the same for plain rounding",
     "hidden_error": "|x - y|^2 / |x|^2 of the hidden states after the layer",
-    "shrinkage": "share of the Hessian of all tokens, 0 to 1",
+    "shrinkage": "share of the Hessian of all tokens, or of the diagonal, 0 to 1",
     "damping": "of the Hessian's mean diagonal",
     "correction": "share taken of the correction for what earlier layers damaged, 0 to 1",
     "seconds": "wall time",
@@ -140,7 +144,8 @@ def inspect(source: str, as_json: bool) -> None:
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--recipe", "-r", default="int4", show_default=True, metavar="NAME|FILE",
-    help="A shipped recipe (int4, int4-g32, int4-fp8, fp8, mixed) or a TOML file.",
+    help="A shipped recipe (int4, int4-g64, int4-g32, int4-fp8, mixed, fp8, int8, int3) or a TOML "
+    "file.",
 )  # fmt: skip
 @click.option(
     "--calibration", "-c", metavar="TEXT",
@@ -151,6 +156,11 @@ def inspect(source: str, as_json: bool) -> None:
 @click.option("--samples", type=click.IntRange(1), help="Calibration sequences.  [default: 128]")
 @click.option("--length", type=click.IntRange(2), help="Tokens a sequence.  [default: 2048]")
 @click.option("--seed", type=click.IntRange(0), help="Which sequences are drawn.  [default: 0]")
+@click.option(
+    "--candidates", type=click.IntRange(1), metavar="TIMES",
+    help="Draw so many times the samples, let the original read them all once, and calibrate on "
+    "those that reach the experts best.  [default: 1]",
+)  # fmt: skip
 @click.option(
     "--method", type=click.Choice(["gptq", "rtn"]),
     help="How INT codes are found; rtn rounds to nearest, to compare with.  [default: gptq]",
@@ -165,6 +175,7 @@ def quantize(
     samples: int | None,
     length: int | None,
     seed: int | None,
+    candidates: int | None,
     method: str | None,
     gpu: str,
     dtype: str,
@@ -200,7 +211,8 @@ def quantize(
 
     chosen = adjusted(
         load_recipe(recipe),
-        text=calibration, samples=samples, length=length, seed=seed, method=method,
+        text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
+        method=method,
     )  # fmt: skip
     settings = chosen.calibration
     mix = parse_mix(settings.text)
@@ -213,8 +225,9 @@ def quantize(
     tokenizer = load_tokenizer(original.folder)
     drawn = calibration_tokens(
         mix, tokenizer,
-        samples=settings.samples, length=settings.length, seed=settings.seed,
+        samples=settings.samples * settings.candidates, length=settings.length, seed=settings.seed,
     )  # fmt: skip
+    drawn = _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
     questions = _questions(tokenizer, **measured_on)
     job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype])
 
@@ -228,6 +241,7 @@ def quantize(
                 "samples": settings.samples,
                 "length": settings.length,
                 "seed": settings.seed,
+                "candidates": settings.candidates,
                 "tokens": sum(batch.numel() for batch in drawn.tokens),
                 "digest": drawn.digest,
                 "mix": [part.to_json() for part in drawn.drawn],
@@ -250,6 +264,38 @@ def quantize(
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
+
+
+def _chosen(
+    drawn: CalibrationSet,
+    settings: Calibration,
+    source: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+) -> CalibrationSet:
+    """The sequences that cover the experts best, where more were drawn than are wanted."""
+    if settings.candidates == 1 or not config.moe_layers:
+        return drawn
+    from tqdm import tqdm
+
+    from calibrate.choose import best_covering, expert_counts
+    from calibrate.data import kept
+    from llama4q.checkpoint import Checkpoint
+    from llama4q.weights import LayerReader
+
+    if len(drawn.drawn) > 1:
+        raise UserError(
+            f"--candidates {settings.candidates} with a mix of {len(drawn.drawn)} texts would "
+            f"change their shares; name one text, or leave out --candidates"
+        )
+    reader = LayerReader(Checkpoint(source), config, dtype)
+    with tqdm(total=config.num_layers, desc="choosing calibration text", unit="layer") as bar:
+
+        def layer_done() -> None:
+            bar.update()
+
+        counts = expert_counts(reader, drawn.tokens[0], layer_done)
+    return kept(drawn, best_covering(counts, settings.samples))
 
 
 @main.command("eval")

@@ -30,8 +30,8 @@ from llama4q.recipe import Method, Recipe, Solver, load_recipe
 from llama4q.text import load_tokenizer, parse_source
 
 PLAIN = Solver(
-    damping=0.01, token_damping=0.0, act_order=False, scale_points=1, signed_scales=False, beams=1, shrinkage=False,
-    weighting=False, correction=False,
+    damping=0.01, token_damping=0.0, act_order=False, scale_points=1, signed_scales=False, beams=1,
+    shrinkage=False, weighting=False, correction=False,
 )  # fmt: skip
 ADDED: dict[str, dict[str, Any]] = {
     "GPTQ, plain": {},

@@ -12,7 +12,6 @@ from typing import Any
 
 from llama4q.config import ModelConfig
 from llama4q.recipe import Method, Recipe
-from llama4q.schemes import Kind
 from llama4q.weights import Component
 
 MOST_TIMES = 16  # as many samples: beyond that it is the kind of text that leaves an expert out
@@ -60,7 +59,7 @@ def coverage(
 
 def _depends_on_tokens(recipe: Recipe, layer: int, num_layers: int) -> bool:
     scheme = recipe.scheme(Component.EXPERTS, layer, num_layers)
-    return scheme.kind is Kind.INT and recipe.solver.method is not Method.RTN
+    return scheme.calibrates and recipe.solver.method is not Method.RTN
 
 
 def _warning(recipe: Recipe, needed: int, experts: int, poor: int, worst: Expert) -> str:
@@ -79,5 +78,8 @@ def _remedy(recipe: Recipe, needed: int, worst: Expert) -> str:
     """By proportion; the next run draws other passages, so it is an estimate."""
     samples = recipe.calibration.samples
     if worst.tokens * MOST_TIMES >= needed:
-        return f"calibrate on more text: --samples {math.ceil(samples * needed / worst.tokens)}"
+        return (
+            f"choose the text among more of it, --candidates 4, or calibrate on more: "
+            f"--samples {math.ceil(samples * needed / worst.tokens)}"
+        )
     return "calibrate on other or mixed text: --calibration a:0.6,b:0.4"

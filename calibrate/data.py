@@ -60,6 +60,15 @@ class CalibrationSet:
     drawn: tuple[Drawn, ...]  # in the order of the mix
 
 
+def kept(drawn: CalibrationSet, which: Sequence[int]) -> CalibrationSet:
+    """Some sequences of a set of one text and length, by number."""
+    [tokens], [part] = drawn.tokens, drawn.drawn
+    chosen = tokens[list(which)]
+    return CalibrationSet(
+        (chosen,), token_digest((chosen,)), (Drawn(part.portion, len(chosen), part.length),)
+    )
+
+
 def calibration_tokens(
     text: TextSource | Mix,
     tokenizer: PreTrainedTokenizerBase,

@@ -166,7 +166,7 @@ class LayerQuantizer:
     def _others(self, scaled: Pair) -> _Others | None:
         """What all tokens say, for experts that saw too few of their own."""
         scheme = self.schemes[Component.EXPERTS]
-        if not (scheme.quantizes and self.solver.method is Method.GPTQ):
+        if not (scheme.calibrates and self.solver.method is Method.GPTQ):
             return None
         seen = torch.nonzero(scaled.part != HELD_OUT).squeeze(1)
         sample = scaled.served[_spaced(seen, POOL_ROWS * self.config.expert_size)]
@@ -231,7 +231,7 @@ class LayerQuantizer:
         solved = _Solved(round_to_nearest(exact, scheme))
         stand_in = None if others is None else others.held
         wrong = rounding = error(exact, solved.found, pair, stand_in)
-        if self.solver.method is Method.GPTQ:
+        if self.solver.method is Method.GPTQ and scheme.calibrates:
             candidate = self._solve(name, exact, pair, others, scheme)
             wrong = error(exact, candidate.found, pair, stand_in)
             if wrong is not None and rounding is not None and wrong > rounding:

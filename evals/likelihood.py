@@ -16,7 +16,7 @@ from .statistics import clustered_mean, percentile, perplexity
 
 
 class Likelihood:
-    """Collects the token losses of both models and their divergence, window by window, `[T]` each."""
+    """Collects both models' token losses and their divergence, by window, `[T]` each."""
 
     def __init__(self) -> None:
         self.original: list[torch.Tensor] = []

@@ -38,6 +38,7 @@ class Calibration:
     samples: int = 128  # sequences
     length: int = 2048  # tokens a sequence
     seed: int = 0
+    candidates: int = 1  # times samples: drawn, and the best kept that cover the experts
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Solver:
     act_order: bool = True  # input features with large activations first
     scale_points: int = 20  # candidate scales a group; 1 keeps the abs-max scale
     signed_scales: bool = True  # a group may be stored upside down: the longer side of the grid
-    beams: int = 8  # roundings of an output that compete; 0 or 1: the nearest code, as GPTQ
+    beams: int = 8  # roundings of an output that compete; 1 takes the nearest code, as GPTQ
     shrinkage: bool = True  # blend the Hessians of experts with few tokens
     weighting: bool = True  # tokens that gate and up matter for count more
     correction: bool = True  # make up for what earlier layers damaged
@@ -199,8 +200,9 @@ def _typed(value: Any, default: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not type(default):
         raise UserError(f"{where}: {value!r} is no {type(default).__name__}")
-    if isinstance(value, int | float) and not 0 <= value < math.inf:
-        raise UserError(f"{where}: {value!r} is below 0 or not finite")
+    least = 1 if type(value) is int and default else 0  # only a seed may be 0
+    if isinstance(value, int | float) and not least <= value < math.inf:
+        raise UserError(f"{where}: {value!r} is below {least} or not finite")
     return value
 
 
@@ -228,10 +230,13 @@ def adjusted(
     samples: int | None = None,
     length: int | None = None,
     seed: int | None = None,
+    candidates: int | None = None,
     method: str | None = None,
 ) -> Recipe:
     """The recipe with the settings that were named on the command line; None leaves one alone."""
-    drawn: dict[str, Any] = {"text": text, "samples": samples, "length": length, "seed": seed}
+    drawn: dict[str, Any] = {
+        "text": text, "samples": samples, "length": length, "seed": seed, "candidates": candidates,
+    }  # fmt: skip
     given = {key: value for key, value in drawn.items() if value is not None}
     calibration = dataclasses.replace(recipe.calibration, **given)
     solver = recipe.solver

@@ -59,6 +59,11 @@ class Scheme:
         return values.to(FLOAT8 if self.kind is Kind.FLOAT8 else torch.int8)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the solver can look for better codes than rounding gives."""
+        return self.kind in (Kind.INT, Kind.FLOAT8)
+
+    @property
     def quantizes(self) -> bool:
         return self.kind is not Kind.BF16
 
