@@ -7,13 +7,15 @@ Each contestant runs in its own environment and gets a file of token ids. What i
 is put into a BF16 checkpoint of the source's layout, and that is judged: KL(original || quantized)
 on held-out text of the calibration's kind and of another kind, top-1 and routing agreement,
 perplexity, needles, and beside them bytes, CPU seconds and peak memory. Differences to llama4q are
-paired over windows, with 95 % bootstrap intervals. Results are kept in WORK, so that a run that was
-stopped goes on, and several processes may share it (`--only`); `--table` prints what is there.
+paired over windows, with 95 % bootstrap intervals. Needles are asked with the first seed only.
+Results are kept in WORK, so that a run that was stopped goes on, and several processes may share
+it (`--only`); `--table` prints what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -101,7 +103,7 @@ class Arena:
         self.peers = peers
         self.tokenizer = load_tokenizer(source)
         self.questions = {"same": self._ask(None, NEEDLES), "other": self._ask_other()}
-        self.originals: dict[str, Seen] = {}
+        self.originals: dict[tuple[str, int], Seen] = {}
 
     def _ask(self, text: str | None, needles: Needles) -> Questions:
         return ask(self.tokenizer, text, WINDOWS, LENGTH, needles)
@@ -132,6 +134,8 @@ class Arena:
         facts = self._quantized(cell, folder)
         if "failure" not in facts:
             for text, questions in self.questions.items():
+                if cell.seed:  # no needle was ever lost: one seed tells
+                    questions = dataclasses.replace(questions, prompts=[])
                 facts[text] = self._verdict(folder / "dest", text, questions)
             if cell.seed == 0:
                 facts["by_transformers"] = by_transformers(
@@ -142,9 +146,10 @@ class Arena:
         return facts
 
     def _verdict(self, folder: Path, text: str, questions: Questions) -> dict[str, Any]:
-        if text not in self.originals:
-            self.originals[text] = see(self.source, questions)
-        return verdict(self.originals[text], see(folder, questions), questions)
+        key = (text, len(questions.prompts))
+        if key not in self.originals:
+            self.originals[key] = see(self.source, questions)
+        return verdict(self.originals[key], see(folder, questions), questions)
 
     def _quantized(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """What the worker says of itself, what the kernel says of it, or why it failed."""
@@ -275,7 +280,7 @@ def row(
         f"| {name} | {len(seeds)} | {mine[0]['stored_bytes'] / 1e6:.2f} | "
         f"{mean('same', 'kl_mean'):.5f} | {ratio} | {against('same')} | "
         f"{mean('same', 'kl_p99'):.4f} | {mean('same', 'top1'):.2%} | {agreed} | "
-        f"{mean('same', 'perplexity'):.3f} | {sum(found) / len(found):.1%} | "
+        f"{mean('same', 'perplexity'):.3f} | {sum(found) / max(1, len(found)):.1%} | "
         f"{mean('other', 'kl_mean'):.5f} | {against('other')} | "
         f"{sum(record['cpu_seconds'] for record in mine) / len(mine):.0f} | "
         f"{max(record['peak'] for record in mine) / 1e6:.0f} |"

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,6 @@ class Peer:
     requirements: tuple[str, ...]  # pip's; torch is pinned for all of them at once
     statement: str  # proves that the environment can import what its worker needs
     alone: tuple[str, ...] = ()  # installed after those, without what they depend on
-    fix: Callable[[Path], None] | None = None  # mends the installed files of an environment
 
 
 def main() -> None:
@@ -58,8 +56,6 @@ def make_peer(environment: Path, peer: Peer, options: list[str]) -> None:
     pip(environment, "install", *options, TORCH, *SHARED, *peer.requirements)
     if peer.alone:
         pip(environment, "install", *options, "--no-deps", *peer.alone)
-    if peer.fix is not None:
-        peer.fix(environment)
     finish(environment, pins, peer.statement)
 
 
