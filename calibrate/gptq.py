@@ -84,18 +84,19 @@ def choose_scales(
 ) -> torch.Tensor:
     """The scale of each group that minimises sum_j D_j (w_j - s code_j)^2, `[I/group, O]`.
 
-    Tries `points` fractions of the abs-max scale; 1 point is abs-max. `signed` tries the negative
-    scales too: integers reach one step further below zero than above, so that a group whose largest
-    weight is positive is better stored upside down. BF16 for integers, F32 with BF16's values for
-    E4M3, whose grid is symmetric.
+    Tries `points` fractions of the abs-max scale; 1 point is abs-max. `signed` makes the scale of a
+    group negative whose largest weight is positive: integers reach one step further below zero than
+    above. BF16 for integers, F32 with BF16's values for E4M3, whose grid is symmetric.
     """
     largest = absmax_scales(weight, scheme)
     groups = largest.shape[0]
     grouped = weight.view(groups, -1, weight.shape[1])
     weights = importance.view(groups, -1, 1)
+    if signed and scheme.kind is Kind.INT:
+        largest = torch.where(grouped.amax(dim=1) > -grouped.amin(dim=1), -largest, largest)
     best = storable(largest)
     least = torch.full_like(largest, torch.inf)
-    for fraction in _fractions(scheme, points, signed):
+    for fraction in _fractions(scheme, points):
         scales = storable(largest * fraction)
         step = scales.float()[:, None, :]
         error = grouped - scheme.nearest(grouped / step) * step
@@ -106,12 +107,10 @@ def choose_scales(
     return best.float() if scheme.kind is Kind.FLOAT8 else best
 
 
-def _fractions(scheme: Scheme, points: int, signed: bool) -> list[float]:
-    if scheme.kind is Kind.FLOAT8:
-        up: list[float] = torch.linspace(1, LARGEST_FLOAT, points).tolist()
-        return up
-    down: list[float] = torch.linspace(1, SMALLEST_CLIP, points).tolist()
-    return [*down, *(-fraction for fraction in down)] if signed else down
+def _fractions(scheme: Scheme, points: int) -> list[float]:
+    end = LARGEST_FLOAT if scheme.kind is Kind.FLOAT8 else SMALLEST_CLIP
+    found: list[float] = torch.linspace(1, end, points).tolist()
+    return found
 
 
 def solve(
@@ -133,7 +132,8 @@ def solve(
         block = slice(max(0, stop - BLOCK), stop)
         wanted = target[block] + factor.correction[block, stop:] @ residual[stop:]
         rows = Rows(target[block], steps[block], importance[block], factor.correction[block, block])
-        codes[block], residual[block] = solve_block(wanted, rows, scheme, beams)
+        codes[block] = solve_block(wanted, rows, scheme, beams)
+        residual[block] = target[block] - codes[block] * steps[block]
     found = torch.empty_like(codes)
     found[factor.order] = codes
     return QuantizedWeight(scheme, scheme.stored_codes(found), scales)

@@ -16,6 +16,7 @@ import torch
 from llama4q.schemes import Scheme
 
 STRIP = 16  # rows between two large products
+OUTPUTS_AT_ONCE = 2048  # independent of each other; so many stay in the cache
 
 
 @dataclass(frozen=True)
@@ -27,77 +28,95 @@ class Rows:
     importance: torch.Tensor  # [B], D
     correction: torch.Tensor  # [B, B], unit upper triangular
 
+    def outputs(self, part: slice) -> Rows:
+        return Rows(self.target[:, part], self.steps[:, part], self.importance, self.correction)
 
-def solve_block(
-    wanted: torch.Tensor, rows: Rows, scheme: Scheme, beams: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the codes and residuals, `[B, O]` each.
 
-    `wanted [B, O]` is the target and what the rows behind this block ask for.
-    """
-    empty = wanted.new_empty(1, 0, wanted.shape[1])
-    race = _Race(wanted[None], empty, empty, wanted.new_zeros(1, wanted.shape[1]))
+def solve_block(wanted: torch.Tensor, rows: Rows, scheme: Scheme, beams: int) -> torch.Tensor:
+    """Values of the codes `[B, O]`; `wanted [B, O]` is the target and what rows behind ask for."""
+    codes = torch.empty_like(wanted)
+    for start in range(0, wanted.shape[1], OUTPUTS_AT_ONCE):
+        part = slice(start, start + OUTPUTS_AT_ONCE)
+        codes[:, part] = _race(wanted[:, part], rows.outputs(part), scheme, beams)
+    return codes
+
+
+def _race(wanted: torch.Tensor, rows: Rows, scheme: Scheme, beams: int) -> torch.Tensor:
+    """The codes of the cheapest sequence of each output."""
+    ahead, cost = wanted[None], wanted.new_zeros(1, wanted.shape[1])  # [K, rows to come, O], [K, O]
+    strips = []
     for stop in range(len(wanted), 0, -STRIP):
-        race = _strip(race, rows, max(0, stop - STRIP), stop, scheme, beams)
-    best = race.cost.argmin(dim=0, keepdim=True)
-    return _pick(race.codes, best)[0], _pick(race.residual, best)[0]
+        start = max(0, stop - STRIP)
+        strip, cost = _strip(ahead[:, start:stop], cost, rows, start, scheme, beams)
+        residual = rows.target[start:stop] - strip.codes * rows.steps[start:stop]
+        ahead = _pick(ahead[:, :start], strip.origin)
+        ahead += rows.correction[:start, start:stop] @ residual
+        strips.append(strip)
+    best = cost.argmin(dim=0, keepdim=True)
+    found = []
+    for strip in reversed(strips):
+        found.append(_pick(strip.codes, best)[0])
+        best = strip.origin.gather(0, best)
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
-class _Race:
-    """K sequences for each output, over the rows that are done."""
+class _Strip:
+    """What K sequences do in some rows, and which sequence before the strip each goes on from."""
 
-    wanted: torch.Tensor  # [K, rows to come, O]
-    codes: torch.Tensor  # [K, rows done, O]
-    residual: torch.Tensor  # [K, rows done, O]
-    cost: torch.Tensor  # [K, O]
+    codes: torch.Tensor  # [K, R, O]
+    origin: torch.Tensor  # [K, O]
 
 
-def _strip(race: _Race, rows: Rows, start: int, stop: int, scheme: Scheme, beams: int) -> _Race:
-    """Round rows start..stop; what lies outside of them follows in one product at the end."""
-    inner = _Race(race.wanted[:, start:stop], race.codes[:, :0], race.residual[:, :0], race.cost)
-    count, outputs = race.cost.shape
-    origin = torch.arange(count)[:, None].expand(count, outputs)  # beam before the strip
-    for row in range(stop - 1, start - 1, -1):
-        inner, parent = _row(inner, rows, start, row, scheme, beams)
-        origin = origin.gather(0, parent)
-    wanted = _pick(race.wanted[:, :start], origin)
-    return _Race(
-        wanted + rows.correction[:start, start:stop] @ inner.residual,
-        torch.cat((inner.codes, _pick(race.codes, origin)), dim=1),
-        torch.cat((inner.residual, _pick(race.residual, origin)), dim=1),
-        inner.cost,
-    )
+def _strip(
+    ahead: torch.Tensor, cost: torch.Tensor, rows: Rows, start: int, scheme: Scheme, beams: int
+) -> tuple[_Strip, torch.Tensor]:
+    """Round a strip's rows; with the cost of each sequence at its end, `[K, O]`."""
+    taken = []
+    for row in range(start + ahead.shape[1] - 1, start - 1, -1):
+        step = rows.steps[row]
+        codes, parent, cost = _branch(
+            ahead[:, -1] / step, step, rows.importance[row], cost, scheme, beams
+        )
+        taken.append((codes, parent))
+        ahead = _pick(ahead[:, :-1], parent)
+        residual = (rows.target[row] - codes * step)[:, None]
+        ahead.addcmul_(rows.correction[start:row, row, None], residual)
+    origin = _numbers(len(cost), cost.shape[1])
+    found = []
+    for codes, parent in reversed(taken):  # back along the sequences that are left
+        found.append(codes.gather(0, origin))
+        origin = parent.gather(0, origin)
+    return _Strip(torch.stack(found, dim=1), origin), cost
 
 
-def _row(
-    race: _Race, rows: Rows, start: int, row: int, scheme: Scheme, beams: int
-) -> tuple[_Race, torch.Tensor]:
-    """Round one row in all sequences; with the old beam `[K, O]` that each new one goes on from."""
-    step = rows.steps[row]
-    exact = race.wanted[:, -1] / step
+def _branch(
+    exact: torch.Tensor,
+    step: torch.Tensor,
+    importance: torch.Tensor,
+    cost: torch.Tensor,
+    scheme: Scheme,
+    beams: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best next codes `[K', O]`, the sequences that they continue, and what those cost then."""
+    count, outputs = cost.shape
     codes = scheme.nearest(exact)
-    if beams > 1:
-        second = scheme.second_nearest(exact, codes)
-        exact, codes = torch.cat((exact, exact)), torch.cat((codes, second))
-    parts = len(codes) // len(race.cost)
-    cost = race.cost.repeat(parts, 1) + rows.importance[row] * ((exact - codes) * step).square()
-    if parts == 2:
-        cost[len(race.cost) :].masked_fill_(second == codes[: len(race.cost)], torch.inf)
-    which = torch.arange(len(codes))[:, None].expand_as(cost)
-    if len(codes) > beams:
-        cost, which = cost.topk(beams, dim=0, largest=False)
-        codes = codes.gather(0, which)
-    parent = which % len(race.cost)
-    residual = (rows.target[row] - codes * step)[:, None]
-    ahead = _pick(race.wanted[:, :-1], parent)
-    found = _Race(
-        ahead.addcmul_(rows.correction[start:row, row, None], residual),
-        torch.cat((codes[:, None], _pick(race.codes, parent)), dim=1),
-        torch.cat((residual, _pick(race.residual, parent)), dim=1),
-        cost,
-    )
-    return found, parent
+    if beams == 1:
+        return codes, _numbers(1, outputs), cost
+    second = scheme.second_nearest(exact, codes)
+    added = [importance * ((exact - codes) * step).square()]
+    added.append(importance * ((exact - second) * step).square())
+    added[1].masked_fill_(second == codes, torch.inf)
+    costs = torch.cat((cost + added[0], cost + added[1]))
+    codes = torch.cat((codes, second))
+    if 2 * count <= beams:
+        return codes, _numbers(2 * count, outputs) % count, costs
+    costs, which = costs.topk(beams, dim=0, largest=False, sorted=False)
+    return codes.gather(0, which), which % count, costs
+
+
+def _numbers(count: int, outputs: int) -> torch.Tensor:
+    return torch.arange(count)[:, None].expand(count, outputs)
 
 
 def _pick(beams: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
