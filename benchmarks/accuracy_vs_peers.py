@@ -72,7 +72,8 @@ CONTESTANTS = (
     Contestant("GPTQModel", "gptqmodel"),
     Contestant("GPTQModel, its solver alone", "gptqmodel", "solver"),
     Contestant("AutoRound", "autoround"),
-    Contestant("AutoRound, input scaled", "autoround", "fixed"),
+    Contestant("AutoRound, mask repaired", "autoround", "masks"),
+    Contestant("AutoRound, mask and scores repaired", "autoround", "fixed"),
     Contestant("bitsandbytes NF4", "bitsandbytes", "", (4,)),
 )
 YARDSTICK = "llm-compressor"

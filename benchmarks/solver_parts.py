@@ -34,23 +34,23 @@ def timed(parts: dict[str, float], name: str, work: Callable[[], Item]) -> Item:
     return found
 
 
-def rows_of(tokens: int, inputs: int, outputs: int) -> tuple[torch.Tensor, Pair]:
+def rows_of(tokens: int, inputs: int, outputs: int, down: bool) -> tuple[torch.Tensor, Pair]:
+    """A weight and what reaches it; only down makes up for what the residual stream lacks."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(256, inputs, generator=generator)
     original = torch.randn(tokens, 256, generator=generator) @ mixing / 16
     original += torch.randn(tokens, inputs, generator=generator)
     served = original + 0.1 * torch.randn(tokens, inputs, generator=generator)
-    lacking = 0.1 * torch.randn(tokens, outputs, generator=generator)
+    lacking = (0.1 * torch.randn(tokens, outputs, generator=generator)).bfloat16()
     part = (torch.arange(tokens) // 64 % 2).to(torch.int8)
     weight = torch.randn(inputs, outputs, generator=generator) * inputs**-0.5
-    rows = (served.bfloat16(), original.bfloat16(), lacking.bfloat16())
-    return weight, Pair(*rows, part)
+    return weight, Pair(served.bfloat16(), original.bfloat16(), lacking if down else None, part)
 
 
-def parts_of(inputs: int, outputs: int, tokens: int) -> dict[str, float]:
+def parts_of(inputs: int, outputs: int, tokens: int, down: bool) -> dict[str, float]:
     """Processor seconds by part."""
     solver, scheme = Solver(), SCHEMES["int4"]
-    weight, pair = rows_of(tokens, inputs, outputs)
+    weight, pair = rows_of(tokens, inputs, outputs, down)
     parts: dict[str, float] = {}
     timed(parts, "round to nearest", lambda: round_to_nearest(weight, scheme))
     timed(parts, "Hessian alone", lambda: measure(pair.seen(), inputs))
@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name, (inputs, outputs) in SHAPES.items():
-        parts = parts_of(inputs, outputs, options.tokens)
+        parts = parts_of(inputs, outputs, options.tokens, name == "down")
         print(f"{name}, {inputs:,} -> {outputs:,}, {options.tokens:,} tokens")
         for part, seconds in parts.items():
             print(f"  {part:28} {seconds:7.1f} s")
