@@ -153,7 +153,7 @@ class Arena:
         return verdict(self.originals[key], see(folder, questions), questions)
 
     def _quantized(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        """What the worker says of itself, what the kernel says of it, or why it failed."""
+        """What the worker says of itself and the processor seconds it took, or why it failed."""
         (folder / "work").mkdir(parents=True)
         numpy.save(folder / "tokens.npy", self._tokens(cell.seed))
         assignment = {
@@ -168,7 +168,7 @@ class Arena:
                 stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             _, status, used = os.wait4(process.pid, 0)
-        measured = {"cpu_seconds": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
+        measured = {"cpu_seconds": used.ru_utime + used.ru_stime}
         if status:
             lines = (folder / "log").read_text(errors="replace").strip().splitlines()
             return {**measured, "failure": lines[-1] if lines else f"status {status}"}
@@ -284,7 +284,7 @@ def row(
         f"{mean('same', 'perplexity'):.3f} | {sum(found) / max(1, len(found)):.1%} | "
         f"{mean('other', 'kl_mean'):.5f} | {against('other')} | "
         f"{sum(record['cpu_seconds'] for record in mine) / len(mine):.0f} | "
-        f"{max(record['peak'] for record in mine) / 1e6:.0f} |"
+        f"{max(record['peak_bytes'] for record in mine) / 1e6:.0f} |"
     )
 
 
