@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -144,8 +145,8 @@ def inspect(source: str, as_json: bool) -> None:
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--recipe", "-r", default="int4", show_default=True, metavar="NAME|FILE",
-    help="A shipped recipe (int4, int4-g64, int4-g32, int4-fp8, mixed, fp8, int8, int3) or a TOML "
-    "file.",
+    help="A shipped recipe (int4, int4-g64, int4-g32, int4-fp8, mixed, fp8, int8, int3, bnb-nf4, "
+    "bnb-int8) or a TOML file.",
 )  # fmt: skip
 @click.option(
     "--calibration", "-c", metavar="TEXT",
@@ -206,7 +207,7 @@ def quantize(
     from evals.report import render
     from llama4q.config import read_config
     from llama4q.hub import POCKET, resolve
-    from llama4q.recipe import adjusted, load_recipe
+    from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
 
     chosen = adjusted(
@@ -214,6 +215,7 @@ def quantize(
         text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
         method=method,
     )  # fmt: skip
+    check_schemes(chosen)  # before anything is downloaded
     settings = chosen.calibration
     mix = parse_mix(settings.text)
     original = resolve(source or POCKET)
@@ -467,9 +469,14 @@ def _fit(config: ModelConfig, gpu: str) -> Callable[[int], dict[str, Any]]:
 def _provenance(source: Source, folder: Path) -> dict[str, Any]:
     """What made a report, and when."""
     import datetime
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "datasets")
+    versions = {}
+    for name in (
+        "torch", "transformers", "compressed-tensors", "safetensors", "datasets", "bitsandbytes",
+    ):  # fmt: skip
+        with contextlib.suppress(PackageNotFoundError):  # bitsandbytes is an extra
+            versions[name] = version(name)
     return {
         "llama4q": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -479,7 +486,7 @@ def _provenance(source: Source, folder: Path) -> dict[str, Any]:
             "revision": source.revision,
             "bytes": _nbytes(source),
         },
-        "versions": {name: version(name) for name in packages},
+        "versions": versions,
     }
 
 

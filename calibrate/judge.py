@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llama4q.schemes import QuantizedWeight
+from llama4q.packing import StoredWeight
 
 from .target import HELD_OUT, Pair
 
@@ -55,7 +55,7 @@ def can_judge(pair: Pair) -> bool:
 
 
 def error(
-    weight: torch.Tensor, found: QuantizedWeight, pair: Pair, stand_in: Pair | None
+    weight: torch.Tensor, found: StoredWeight, pair: Pair, stand_in: Pair | None
 ) -> float | None:
     """The share of the wanted output's energy that codes get wrong, on tokens not seen.
 
@@ -69,7 +69,7 @@ def error(
     return _error(weight, found, pair.rows(_spaced(every))) if len(every) else None
 
 
-def _error(weight: torch.Tensor, found: QuantizedWeight, judge: Pair) -> float:
+def _error(weight: torch.Tensor, found: StoredWeight, judge: Pair) -> float:
     [batch] = judge.batches()
     wanted = batch.original @ weight
     if batch.lacking is not None:

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama4q import bnb
+from llama4q.bnb import BnbWeight
 from llama4q.config import ModelConfig
 from llama4q.model import DecoderLayer, Linear, Mlp, Moe, attention, feed_forward_input, route
-from llama4q.packing import pack
+from llama4q.packing import StoredWeight, pack
 from llama4q.recipe import Method, Recipe
 from llama4q.schemes import (
-    Kind,
     QuantizedWeight,
     Scheme,
-    fake_float8_tokens,
     round_to_nearest,
 )
 from llama4q.stream import TOKENS_AT_ONCE
-from llama4q.weights import DOWN, GATE, UP, Component
+from llama4q.weights import DOWN, GATE, UP, Component, served_inputs
 
 from .gptq import choose_scales, factorize, solve
 from .hessian import Hessian, damping_for, joined, measure, shrink
@@ -199,7 +199,9 @@ class LayerQuantizer:
         original, weights = hidden_and_weights(mlp, rows.original)
         if self.solver.weighting:
             rows = dataclasses.replace(rows, weights=weights)
-        pair = self._weight(f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, others)
+        pair = self._weight(
+            f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, others, pieces=2
+        )
         served = Mlp(as_served(pair, dtype), mlp.down)
         hidden = Pair(
             in_parts(served.hidden, rows.served),
@@ -224,11 +226,15 @@ class LayerQuantizer:
         pair: Pair,
         scheme: Scheme,
         others: _Others | None = None,
-    ) -> QuantizedWeight:
-        """Codes of one in-major weight for its input rows, with a report of how they were found."""
+        pieces: int = 1,
+    ) -> StoredWeight:
+        """Codes of one in-major weight for its input rows, with a report of how they were found.
+
+        `pieces` linears lie in it beside each other, with as many outputs each.
+        """
         began = time.perf_counter()
         exact = weight.float()
-        solved = _Solved(round_to_nearest(exact, scheme))
+        solved = _Solved(_rounded(exact, scheme, pieces))
         stand_in = None if others is None else others.held
         wrong = rounding = error(exact, solved.found, pair, stand_in)
         if self.solver.method is Method.GPTQ and scheme.calibrates:
@@ -324,16 +330,22 @@ class _Others:
 class _Solved:
     """The codes of a weight, and how they were found."""
 
-    found: QuantizedWeight
+    found: StoredWeight
     shrinkage: float = 0.0
     damping: float = 0.0
     correction: float = 0.0
 
 
-def as_served(found: QuantizedWeight, dtype: torch.dtype) -> Linear:
+def _rounded(weight: torch.Tensor, scheme: Scheme, pieces: int) -> StoredWeight:
+    """Plain rounding. bitsandbytes keeps statistics of a whole matrix, so of each linear."""
+    if scheme.bitsandbytes:
+        return bnb.quantize(weight, scheme, pieces)
+    return round_to_nearest(weight, scheme)
+
+
+def as_served(found: StoredWeight, dtype: torch.dtype) -> Linear:
     """A quantized weight as an engine applies it, in the run's `dtype`."""
-    activations = fake_float8_tokens if found.scheme.kind is Kind.FLOAT8 else None
-    return Linear(found.dequantize().to(dtype), activations)
+    return Linear(found.dequantize().to(dtype), served_inputs(found.scheme))
 
 
 def in_parts(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
@@ -346,8 +358,10 @@ def _spaced(rows: torch.Tensor, count: int) -> torch.Tensor:
     return rows[:: max(1, len(rows) // count)]
 
 
-def _halves(pair: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
+def _halves(pair: StoredWeight) -> tuple[StoredWeight, StoredWeight]:
     """Gate and up of a quantized pair `[D, 2F]`."""
+    if isinstance(pair, BnbWeight):
+        return pair.halves()
     gate, up = pair.codes.chunk(2, dim=1)
     gate_scales, up_scales = pair.scales.chunk(2, dim=1)
     return (

@@ -31,10 +31,10 @@ from llama4q.config import ModelConfig, read_config
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
 from llama4q.model import DecoderLayer
-from llama4q.recipe import Recipe, check_recipe
+from llama4q.recipe import Recipe, check_recipe, planned
 from llama4q.stream import LayerObserver, advance, check_tokens, embed, prefetched
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
-from llama4q.weights import LayerReader, check_finite, check_layout, layer_of
+from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
 
 from .layer import LayerQuantizer
 from .progress import Progress
@@ -272,8 +272,11 @@ def predicted_bytes(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> 
 
 def groups_in(config: ModelConfig, recipe: Recipe) -> int:
     """How many weights or gate-up pairs the run will report."""
-    names = [name for name in converted_tensors(config, recipe) if name.endswith("_scale")]
-    return sum(".up_proj." not in name for name in names)
+    return sum(
+        scheme.quantizes and not linear.name.endswith(UP)
+        for index in range(config.num_layers)
+        for linear, scheme in planned(recipe, config, index)
+    )
 
 
 def stream_error(plain: Sequence[torch.Tensor], served: Sequence[torch.Tensor]) -> float:

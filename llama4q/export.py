@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from . import bnb
 from .checkpoint import to_json
 from .config import ModelConfig, read_config_json
 from .errors import UserError
@@ -51,6 +52,10 @@ def quantization_config(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
     looks there, vLLM and transformers at the group's own format.
     """
     layers = _layers_by_scheme(recipe, config)
+    used = {scheme for by_scheme in layers.values() for scheme in by_scheme if scheme.quantizes}
+    if any(scheme.bitsandbytes for scheme in used):
+        [scheme] = used  # check_recipe refuses others beside it
+        return bnb.quantization_config(scheme, _left_in_bf16(layers))
     targets: dict[Scheme, list[str]] = {}
     ignore = list(_ALWAYS_IGNORED)
     for component, by_scheme in layers.items():
@@ -71,6 +76,16 @@ def quantization_config(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def _left_in_bf16(layers: LayersByScheme) -> list[str]:
+    """Patterns of linears that a recipe leaves alone, as bitsandbytes' configuration has them."""
+    return [
+        _pattern(component, indices if len(by_scheme) > 1 else None).removeprefix("re:")
+        for component, by_scheme in layers.items()
+        for scheme, indices in by_scheme.items()
+        if not scheme.quantizes
+    ]
 
 
 def _layers_by_scheme(recipe: Recipe, config: ModelConfig) -> LayersByScheme:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .bnb import stored_as
 from .checkpoint import Checkpoint, TensorInfo
 from .config import ModelConfig, read_config
 from .errors import UserError
@@ -222,9 +223,12 @@ def _linear_shapes(config: ModelConfig, part: str) -> dict[str, tuple[int, int]]
 def _format(
     name: str, info: TensorInfo, shape: tuple[int, ...], infos: Mapping[str, TensorInfo]
 ) -> str:
-    """How weights are stored: "BF16", "INT4 g128", "FP8 channel"."""
+    """How weights are stored: "BF16", "INT4 g128", "FP8 channel", "bnb NF4"."""
     if not _holds_codes(name, info):
         return _PLAIN.get(info.dtype, str(info.dtype).removeprefix("torch."))
+    label = stored_as(infos, name.removesuffix(".weight"))
+    if label is not None:
+        return label
     bits = 8 * info.nbytes // math.prod(shape)
     scale = infos.get(name.removesuffix("_packed") + "_scale")
     return f"{_CODE_KINDS[info.dtype]}{bits} {_granularity(scale, shape)}".rstrip()

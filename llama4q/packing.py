@@ -1,7 +1,8 @@
-"""The codes on disk: one QuantizedWeight <-> the tensors that compressed-tensors names for it.
+"""The codes on disk: one quantized weight <-> the tensors that its format names for it.
 
 Names, dtypes and shapes are those of compressed-tensors' `pack-quantized` (INT) and
-`float-quantized` (FP8) formats, stored `[O, I]`. See docs/format.md. Knows nothing of models.
+`float-quantized` (FP8) formats, stored `[O, I]`, or bitsandbytes' (`bnb`). See docs/format.md.
+Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from collections.abc import Iterator
 
 import torch
 
+from . import bnb
+from .bnb import BnbWeight
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .schemes import FLOAT8, Kind, QuantizedWeight, Scheme
 
+StoredWeight = QuantizedWeight | BnbWeight
 
-def pack(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, torch.Tensor]]:
+
+def pack(name: str, weight: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of module `name` on disk, as (tensor name, tensor) pairs."""
+    if isinstance(weight, BnbWeight):
+        yield from bnb.tensors(name, weight)
+        return
     if weight.scheme.kind is Kind.FLOAT8:
         yield f"{name}.weight", weight.codes.T.contiguous()
         yield f"{name}.weight_scale", weight.scales.T.contiguous()
@@ -31,14 +39,16 @@ def pack(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, torch.Tensor
 
 def is_quantized(checkpoint: Checkpoint, name: str) -> bool:
     """Whether module `name` is stored as codes and scales."""
-    return f"{name}.weight_scale" in checkpoint
+    return f"{name}.weight_scale" in checkpoint or bnb.stored_as(checkpoint.infos, name) is not None
 
 
-def unpack(checkpoint: Checkpoint, name: str) -> QuantizedWeight:
-    """Module `name` back from disk. The scheme follows from the shapes.
+def unpack(checkpoint: Checkpoint, name: str) -> StoredWeight:
+    """Module `name` back from disk. The scheme follows from names and shapes.
 
-    Raises UserError for a layout other than the two that this file writes.
+    Raises UserError for a layout other than those that llama4q writes.
     """
+    if bnb.stored_as(checkpoint.infos, name) is not None:
+        return bnb.read(checkpoint.infos, checkpoint.get, name)
     scale = checkpoint.get(f"{name}.weight_scale")
     if f"{name}.weight_packed" not in checkpoint:
         return _unpack_float8(checkpoint, name, scale)

@@ -17,9 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from . import bnb
 from .config import ModelConfig
 from .errors import UserError
-from .schemes import BF16, SCHEMES, Kind, Scheme
+from .schemes import BF16, SCHEMES, Scheme
 from .weights import Component, LinearName, linears
 
 
@@ -253,8 +254,23 @@ def planned(recipe: Recipe, config: ModelConfig, layer: int) -> list[tuple[Linea
     ]
 
 
+def check_schemes(recipe: Recipe) -> None:
+    """Raises UserError for schemes that no checkpoint holds together, or that miss a package."""
+    chosen = [recipe.schemes, *(override.schemes for override in recipe.overrides)]
+    used = {scheme for schemes in chosen for scheme in schemes.values() if scheme.quantizes}
+    if not any(scheme.bitsandbytes for scheme in used):
+        return
+    if len(used) > 1:
+        raise UserError(
+            f"recipe {recipe.name}: mixes {' and '.join(sorted(scheme.name for scheme in used))}; "
+            f"a checkpoint has one scheme of bitsandbytes and bf16, or others"
+        )
+    bnb.functional()
+
+
 def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
-    """Raises UserError when the recipe does not go with the model."""
+    """Raises UserError when the recipe does not go with the model, or not with itself."""
+    check_schemes(recipe)
     for override in recipe.overrides:
         for layer in override.layers:
             if not -config.num_layers <= layer < config.num_layers:
@@ -266,7 +282,7 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
     for layer in range(config.num_layers):
         for linear, scheme in planned(recipe, config, layer):
             used = used or scheme.quantizes
-            if scheme.kind is Kind.INT and scheme.group and linear.inputs % scheme.group:
+            if scheme.group and linear.inputs % scheme.group:
                 raise UserError(
                     f"recipe {recipe.name}: {linear.name} has {linear.inputs} inputs, no multiple "
                     f"of the group size {scheme.group} of {scheme.name}; choose smaller groups"

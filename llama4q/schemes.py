@@ -13,6 +13,7 @@ import torch
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
+NF4_BLOCK = 64
 
 
 class Kind(Enum):
@@ -20,6 +21,8 @@ class Kind(Enum):
 
     INT = "int"  # symmetric integers, one BF16 scale for each group of inputs and output
     FLOAT8 = "float8"  # E4M3, one F32 scale an output; activations E4M3, one scale a token
+    NF4 = "nf4"  # bitsandbytes' 16 normal quantiles, blocks of 64, scales quantized again
+    LLM_INT8 = "llm.int8"  # bitsandbytes' integers, one F32 scale an output
     BF16 = "bf16"  # as in the source
 
 
@@ -67,12 +70,22 @@ class Scheme:
     def quantizes(self) -> bool:
         return self.kind is not Kind.BF16
 
+    @property
+    def bitsandbytes(self) -> bool:
+        """Whether bitsandbytes does the rounding and names the tensors: `bnb.quantize`."""
+        return self.kind in (Kind.NF4, Kind.LLM_INT8)
+
     def stored_bytes(self, inputs: int, outputs: int) -> int:
         """Bytes on disk of an `[inputs, outputs]` matrix: codes, scales and `weight_shape`."""
         if self.kind is Kind.BF16:
             return 2 * inputs * outputs
         if self.kind is Kind.FLOAT8:
             return inputs * outputs + 4 * outputs
+        if self.bitsandbytes:
+            from .bnb import layout
+
+            tensors = layout(self, inputs, outputs).values()
+            return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors)
         assert self.group is not None
         words = -(-inputs * self.bits // 32)
         return 4 * words * outputs + 2 * (inputs // self.group) * outputs + 16
@@ -80,6 +93,8 @@ class Scheme:
 
 BF16 = Scheme("bf16", Kind.BF16, 16)
 FP8 = Scheme("fp8", Kind.FLOAT8, 8)
+BNB_NF4 = Scheme("bnb-nf4", Kind.NF4, 4, NF4_BLOCK)
+BNB_INT8 = Scheme("bnb-int8", Kind.LLM_INT8, 8)
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -90,6 +105,8 @@ SCHEMES = {
         Scheme("int4-g64", Kind.INT, 4, 64),
         Scheme("int4-g32", Kind.INT, 4, 32),
         Scheme("int8", Kind.INT, 8, 128),
+        BNB_NF4,
+        BNB_INT8,
     )
 }
 
@@ -101,6 +118,12 @@ class QuantizedWeight:
     scheme: Scheme
     codes: torch.Tensor
     scales: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(I, O)`."""
+        inputs, outputs = self.codes.shape
+        return inputs, outputs
 
     def dequantize(self) -> torch.Tensor:
         """The weight that an engine multiplies with, F32 `[I, O]`; BF16 engines round it."""
@@ -131,6 +154,7 @@ def positive(scales: torch.Tensor) -> torch.Tensor:
 
 def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     """Plain rounding of an in-major weight `[I, O]` with `absmax_scales`; needs no data."""
+    assert scheme.kind in (Kind.INT, Kind.FLOAT8), scheme
     stored = storable(absmax_scales(weight, scheme))
     if scheme.kind is Kind.FLOAT8:
         # F32 on disk, as vLLM holds them, with BF16's values, to which transformers rounds them

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from . import bnb
 from .checkpoint import Checkpoint, sha256
 from .config import ModelConfig
 from .errors import UserError
@@ -43,10 +44,25 @@ def verify(
             scale = written.get(name).float()
             if not (torch.isfinite(scale).all() and (scale != 0).all()):
                 raise _damaged(name, "holds scales that are not finite or are 0", written.folder)
+    scales += _check_bitsandbytes(written, config, recipe)
     for name in kept:
         if not _same_bits(written.get(name), source.get(name)):
             raise _damaged(name, "differs from the source", written.folder)
     return {"tensors": len(converted) + len(kept), "scales": scales, "untouched": len(kept)}
+
+
+def _check_bitsandbytes(written: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:
+    """Raises UserError for damaged statistics; returns how many linears have such."""
+    checked = 0
+    for index in range(config.num_layers):
+        for linear, scheme in planned(recipe, config, index):
+            if scheme.bitsandbytes:
+                name, inputs, outputs = linear.name, linear.inputs, linear.outputs
+                problem = bnb.damage_on_disk(written.get, name, scheme, inputs, outputs)
+                if problem is not None:
+                    raise _damaged(name, problem, written.folder)
+                checked += 1
+    return checked
 
 
 def converted_tensors(config: ModelConfig, recipe: Recipe) -> Expected:
@@ -64,6 +80,9 @@ def converted_tensors(config: ModelConfig, recipe: Recipe) -> Expected:
 
 def _stored(name: str, inputs: int, outputs: int, scheme: Scheme) -> Expected:
     """Names, dtypes and shapes of one quantized linear (docs/format.md)."""
+    if scheme.bitsandbytes:
+        parts = bnb.layout(scheme, inputs, outputs)
+        return {f"{name}.{key}": expected for key, expected in parts.items()}
     if scheme.kind is Kind.FLOAT8:
         return {
             f"{name}.weight": (FLOAT8, (outputs, inputs)),

@@ -7,27 +7,29 @@ Every floating-point tensor is checked to be finite. Knows nothing of calibratio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
+from . import bnb
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import UserError
 from .model import DecoderLayer, Head, Linear, Mlp, Moe
 from .packing import is_quantized, unpack
-from .schemes import Kind, fake_float8_tokens
+from .schemes import Kind, Scheme, fake_float8_tokens
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
 
 class LayerReader:
     """Reads layers of one checkpoint as `dtype`; a tensor that is missing, misshapen or not finite
-    raises UserError with its name."""
+    raises UserError with its name, and so does a missing bitsandbytes that its tensors need."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+        bnb.require_for(checkpoint.names())
         self.checkpoint = checkpoint
         self.config = config
         self.dtype = dtype
@@ -97,13 +99,14 @@ class LayerReader:
             weight = self._cast(f"{name}.weight", self.checkpoint.get(f"{name}.weight"))
             return Linear(weight.T)
         stored = unpack(self.checkpoint, name)
-        if tuple(stored.codes.shape) != (inputs, outputs):
+        if stored.shape != (inputs, outputs):
             raise UserError(
-                f"{self.checkpoint.folder}: {name} has codes for {tuple(stored.codes.shape)}, "
+                f"{self.checkpoint.folder}: {name} has codes for {stored.shape}, "
                 f"config.json says {(inputs, outputs)}"
             )
-        weight = self._cast(f"{name}.weight_scale", stored.dequantize())
-        return Linear(weight, fake_float8_tokens if stored.scheme.kind is Kind.FLOAT8 else None)
+        scale = "weight" if stored.scheme.bitsandbytes else "weight_scale"
+        weight = self._cast(f"{name}.{scale}", stored.dequantize())
+        return Linear(weight, served_inputs(stored.scheme))
 
     def embedding(self) -> torch.Tensor:
         """`[vocabulary, D]`."""
@@ -132,6 +135,13 @@ class LayerReader:
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         check_finite(name, tensor)
         return tensor.to(self.dtype)
+
+
+def served_inputs(scheme: Scheme) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What an engine makes of the inputs of a linear of this scheme; None when it takes them as
+    they are."""
+    found = {Kind.FLOAT8: fake_float8_tokens, Kind.LLM_INT8: bnb.fake_int8_tokens}
+    return found.get(scheme.kind)
 
 
 class _Headers(Checkpoint):

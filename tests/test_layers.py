@@ -23,6 +23,7 @@ UNKNOWING = {
     "llama4q.config": ("checkpoint", "model", "weights"),
     "llama4q.model": ("checkpoint", "schemes", "packing", "weights", "recipe"),
     "llama4q.schemes": ("checkpoint", "model", "packing", "weights", "recipe"),
+    "llama4q.bnb": ("checkpoint", "config", "model", "packing", "weights", "recipe"),
     "llama4q.stream": ("checkpoint", "schemes", "packing", "weights"),
     "llama4q.text": ("checkpoint", "model", "config", "weights"),
     "calibrate.gptq": ("model", "checkpoint", "weights", "config", "recipe"),

@@ -63,7 +63,10 @@ def test_the_whole_program_is_in_it(wheel: dict[str, bytes]) -> None:
 
 
 def test_recipes_and_the_pocket_model_are_in_it(wheel: dict[str, bytes]) -> None:
-    for recipe in ("int3", "int4", "int4-g64", "int4-g32", "int4-fp8", "fp8", "int8", "mixed"):
+    for recipe in (
+        "int3", "int4", "int4-g64", "int4-g32", "int4-fp8", "fp8", "int8", "mixed",
+        "bnb-nf4", "bnb-int8",
+    ):  # fmt: skip
         assert f"llama4q/recipes/{recipe}.toml" in wheel
     pocket = [
         "model/config.json", "model/model.safetensors.index.json", "model/tokenizer.json",
