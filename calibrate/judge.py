@@ -8,6 +8,7 @@ codes are found.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,16 +56,23 @@ def can_judge(pair: Pair) -> bool:
 
 
 def error(
-    weight: torch.Tensor, found: StoredWeight, pair: Pair, stand_in: Pair | None
+    weight: torch.Tensor,
+    aim: torch.Tensor,
+    found: StoredWeight,
+    pair: Pair,
+    stand_in: Pair | None,
 ) -> float | None:
     """The share of the wanted output's energy that codes get wrong, on tokens not seen.
 
-    On the stand-in's where the weight's own are too few; on the tokens seen where no others are.
-    None where no token tells.
+    What the original gives is wanted. Where a weight's own tokens are too few, it is what `aim`,
+    the weight that codes were found for, gives on the stand-in's: other tokens cannot judge the
+    correction that it holds. Without any held-out token those seen are taken; None where there are
+    none.
     """
-    for judge in (held_out(pair) if can_judge(pair) else None, stand_in):
-        if judge is not None and len(judge.part):
-            return _error(weight, found, judge)
+    if can_judge(pair):
+        return _error(weight, found, held_out(pair))
+    if stand_in is not None and len(stand_in.part):
+        return _error(aim, found, replace(stand_in, original=stand_in.served, lacking=None))
     every = torch.arange(len(pair.part))
     return _error(weight, found, pair.rows(_spaced(every))) if len(every) else None
 

@@ -30,7 +30,7 @@ from llama4q.weights import DOWN, GATE, UP, Component, served_inputs
 
 from .gptq import choose_scales, factorize, solve
 from .hessian import Hessian, damping_for, joined, measure, shrink
-from .judge import can_judge, error, held_out, parts_of
+from .judge import error, held_out, parts_of
 from .target import HELD_OUT, Moments, Pair, corrected
 from .weighting import hidden_and_weights
 
@@ -234,12 +234,12 @@ class LayerQuantizer:
         """
         began = time.perf_counter()
         exact = weight.float()
-        solved = _Solved(_rounded(exact, scheme, pieces))
+        solved = _Solved(_rounded(exact, scheme, pieces), exact)
         stand_in = None if others is None else others.held
-        wrong = rounding = error(exact, solved.found, pair, stand_in)
+        wrong = rounding = error(exact, exact, solved.found, pair, stand_in)
         if self.solver.method is Method.GPTQ and scheme.calibrates:
             candidate = self._solve(name, exact, pair, others, scheme)
-            wrong = error(exact, candidate.found, pair, stand_in)
+            wrong = error(exact, candidate.aim, candidate.found, pair, stand_in)
             if wrong is not None and rounding is not None and wrong > rounding:
                 self._rescue(name, "kept rounding", f"error {wrong:.2e} against {rounding:.2e}")
                 wrong = rounding
@@ -264,9 +264,8 @@ class LayerQuantizer:
         self, name: str, weight: torch.Tensor, pair: Pair, others: _Others | None, scheme: Scheme
     ) -> _Solved:
         """GPTQ on the corrected weight; whatever does not go the usual way is named."""
-        correct = self.solver.correction and (others is None or can_judge(pair))
         halves = None
-        if correct:
+        if self.solver.correction:
             halves = Moments.of(weight, pair, 0), Moments.of(weight, pair, 1)
             hessian = joined(halves[0].hessian, halves[1].hessian)
         else:
@@ -280,7 +279,7 @@ class LayerQuantizer:
         factor = factorize(hessian.matrix, damping, self.solver.act_order)
         if factor is None:
             self._rescue(name, "fallback", "its Hessian does not factor; rounded to nearest")
-            return _Solved(round_to_nearest(weight, scheme))
+            return _Solved(round_to_nearest(weight, scheme), weight)
         if factor.attempts > 1:
             self._rescue(name, "damping", f"raised to {factor.damping:g} before it factored")
         share = hessian.shrinkage
@@ -291,13 +290,13 @@ class LayerQuantizer:
         correction: float | None = 0.0
         if halves is not None:
             weight, correction = corrected(weight, halves, factor, blended)
-        if self.solver.correction and hessian.tokens and (correction is None or not correct):
-            self._rescue(name, "uncorrected", "too few calibration tokens to judge a correction")
+        if correction is None and hessian.tokens:
+            self._rescue(name, "uncorrected", "half of the calibration sequences say nothing")
         scales = choose_scales(
             weight, factor.importance, scheme, self.solver.scale_points, self.solver.signed_scales
         )
         found = solve(weight, factor, scales, scheme, self.solver.beams)
-        return _Solved(found, share, factor.damping, correction or 0.0)
+        return _Solved(found, weight, share, factor.damping, correction or 0.0)
 
     def _rescue(self, name: str, kind: str, detail: str) -> None:
         self.result.rescues.append(Rescue(name, kind, detail))
@@ -328,9 +327,10 @@ class _Others:
 
 @dataclass(frozen=True)
 class _Solved:
-    """The codes of a weight, and how they were found."""
+    """The codes of a weight, the weight they aim at, and how they were found."""
 
     found: StoredWeight
+    aim: torch.Tensor
     shrinkage: float = 0.0
     damping: float = 0.0
     correction: float = 0.0

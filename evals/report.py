@@ -244,7 +244,7 @@ def _rescues(report: Report) -> str:
     lines = [f"rescues: {len(rescues)}"]
     for rescue in rescues:
         detail = f": {rescue['detail']}" if rescue.get("detail") else ""
-        lines.append(_wrapped(f"  {rescue.get('kind', '?'):<10}", f"{rescue['tensor']}{detail}"))
+        lines.append(_wrapped(f"  {rescue.get('kind', '?'):<16}", f"{rescue['tensor']}{detail}"))
     return "\n".join(lines)
 
 
