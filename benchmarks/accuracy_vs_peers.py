@@ -194,9 +194,9 @@ def line(facts: dict[str, Any]) -> str:
     if "failure" in facts:
         return f"failed: {facts['failure']}"
     same, other = facts["same"], facts["other"]
-    check = f", by transformers on two windows {facts['by_transformers']:.5f}" * (
-        "by_transformers" in facts
-    )
+    check = ""
+    if "by_transformers" in facts:
+        check = f", by transformers on two windows {facts['by_transformers']:.5f}"
     return (
         f"KL {same['kl_mean']:.5f} ({sum(same['kl'][:2]) / 2:.5f} on two windows{check}), "
         f"other text {other['kl_mean']:.5f}, perplexity {same['perplexity']:.3f}"
