@@ -1,0 +1,107 @@
+"""What the comparison with other quantizers rests on: hand-over, judge and intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.accuracy_vs_peers import Difference
+from benchmarks.peers.common import Assignment, hand_back
+from benchmarks.peers.judge import by_transformers, see, verdict
+from evals.evaluation import compare
+from llama4q.checkpoint import Checkpoint
+from llama4q.config import read_config
+from llama4q.weights import LayerReader
+
+from . import runs, tiny
+
+VARIANT = tiny.Variant(layers=2, rope_scaling=tiny.SCOUT_ROPE)
+
+
+def assignment(source: Path, dest: Path) -> Assignment:
+    return Assignment(source, source / "tokens.npy", 4, 128, "", 0, source, dest)
+
+
+def decoded(folder: Path, factor: float) -> dict[str, torch.Tensor]:
+    """Every feed-forward linear `[out, in]` of a checkpoint, times `factor`."""
+    config = read_config(folder)
+    reader = LayerReader(Checkpoint(folder), config, torch.float32)
+    found = {}
+    for index in range(config.num_layers):
+        prefix = f"{config.layer_prefix(index)}feed_forward"
+        mlps = {
+            f"{prefix}.shared_expert": reader.mlp(f"{prefix}.shared_expert", config.expert_size)
+        }
+        for number in range(config.num_experts):
+            mlps[f"{prefix}.experts.{number}"] = reader.expert(index, number)
+        for name, mlp in mlps.items():
+            gate, up = mlp.gate_up.weight.T.chunk(2)
+            for part, weight in (("gate", gate), ("up", up), ("down", mlp.down.weight.T)):
+                found[f"{name}.{part}_proj.weight"] = weight * factor
+    return found
+
+
+def hand(job: Assignment, weights: dict[str, torch.Tensor]) -> None:
+    hand_back(job, weights, seconds=1, stored=2, version="3", started_with=4, notes=[])
+
+
+def test_what_is_handed_back_is_the_source_with_those_weights(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", VARIANT)
+    hand(assignment(source, tmp_path / "same"), decoded(source, 1.0))
+    before, after = Checkpoint(source), Checkpoint(tmp_path / "same")
+    assert set(before.names()) == set(after.names())
+    assert all(torch.equal(before.get(name), after.get(name)) for name in before.names())
+    hand(assignment(source, tmp_path / "halved"), decoded(source, 0.5))
+    halved = Checkpoint(tmp_path / "halved")
+    for name in before.names():
+        share = 0.5 if ".feed_forward." in name and "router" not in name else 1.0
+        torch.testing.assert_close(halved.get(name).float(), before.get(name).float() * share)
+    assert json.loads((tmp_path / "halved" / "peer.json").read_text())["stored_bytes"] == 2
+
+
+def test_a_weight_that_is_missing_or_too_many_is_refused(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", VARIANT)
+    weights = decoded(source, 1.0)
+    name = "language_model.model.layers.1.feed_forward.experts.2.up_proj.weight"
+    with pytest.raises(ValueError, match=f"the peer left {name} out"):
+        hand(
+            assignment(source, tmp_path / "out"),
+            {key: value for key, value in weights.items() if key != name},
+        )
+    with pytest.raises(ValueError, match="not in the source"):
+        hand(assignment(source, tmp_path / "out"), {**weights, "more": torch.zeros(1)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_judge_against_eval_and_transformers(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", VARIANT)
+    hand(assignment(source, tmp_path / "worse"), decoded(source, 0.9))
+    questions = runs.questions(source)
+    original, contestant = see(source, questions), see(tmp_path / "worse", questions)
+    found = verdict(original, contestant, questions)
+    readers = [
+        LayerReader(Checkpoint(folder), read_config(folder), torch.float32)
+        for folder in (source, tmp_path / "worse")
+    ]
+    evidence = compare(readers[0], readers[1], questions, lambda: None)
+    assert found["kl_mean"] == pytest.approx(evidence["likelihood"]["kl_mean"], rel=1e-5)
+    assert sum(found["kl"]) / len(found["kl"]) == pytest.approx(found["kl_mean"], rel=1e-5)
+    agreement = min(record["agreement"] for record in evidence["routing"])
+    # compare counts the prompts' tokens in one call, the judge in the same batches
+    assert found["routing"] == pytest.approx(agreement)
+    assert sum(found["needles"]) == round(2 * evidence["retrieval"]["quantized"])
+    theirs = by_transformers(source, tmp_path / "worse", questions.windows)
+    assert found["kl_mean"] == pytest.approx(theirs, rel=1e-3)
+
+
+def test_the_interval_covers_the_mean_about_95_times_in_100() -> None:
+    """The bootstrap's own promise, on 200 samples of 32 windows of a known mean."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        found = Difference.of(torch.randn(32, generator=generator, dtype=torch.float64) - 1)
+        covered += found.low < -1 < found.high
+    assert 175 <= covered <= 198
