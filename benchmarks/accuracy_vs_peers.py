@@ -1,21 +1,23 @@
 """The arena: one model, the same calibration tokens, the same format, every quantizer, one judge.
 
     python benchmarks/peers/setup.py
-    python -m benchmarks.accuracy_vs_peers --model scout=pocket --model dense=FOLDER --work .arena
+    python -m benchmarks.accuracy_vs_peers --model scout=pocket --model dense=FOLDER
+    python -m benchmarks.accuracy_vs_peers --model scout=pocket --options --grids int4
 
 Each contestant runs in its own environment and gets a file of token ids. What its codes decode to
 is put into a BF16 checkpoint of the source's layout, and that is judged: KL(original || quantized)
 on held-out text of the calibration's kind and of another kind, top-1 and routing agreement,
 perplexity, needles, and beside them bytes, CPU seconds and peak memory. Differences to llama4q are
-paired over windows, with 95 % bootstrap intervals. Needles are asked with the first seed only.
-Results are kept in WORK, so that a run that was stopped goes on, and several processes may share
-it (`--only`); `--table` prints what is there.
+paired over windows, with 95 % bootstrap intervals. With --options the contestants are llama4q's own
+options, one changed at a time. Records are kept, so that a run that was stopped goes on; several
+processes may work on the same ones; `--table` prints what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -29,15 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
 
-from benchmarks.peers.judge import Seen, by_transformers, see, verdict
+from benchmarks.peers.judge import Seen, all_found, by_transformers, see, verdict
+from benchmarks.peers.table import table
 from calibrate.data import calibration_tokens
 from evals.questions import Needles, Questions, ask
 from llama4q.hub import resolve
 from llama4q.text import load_tokenizer, parse_source
 
 WORKERS = Path(__file__).parent / "peers"
+RECORDS = Path(__file__).parent / "records"
 SAMPLES, LENGTH = 64, 1024
 WINDOWS = 32
 NEEDLES = Needles([512, 1024, 2048], [step / 10 for step in range(11)], 2)
@@ -49,7 +52,14 @@ OTHER_TEXT = (
     "typing.py",
     "subprocess.py",
 )
-RESAMPLES = 10_000
+GRIDS = {  # a shipped recipe -> bits and group
+    "int4": (4, 128),
+    "int3": (3, 128),
+    "int4-g64": (4, 64),
+    "int4-g32": (4, 32),
+    "int8": (8, 128),
+    "fp8": (8, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -59,47 +69,58 @@ class Contestant:
     name: str
     worker: str  # the file that runs it, and the environment that it runs in
     mode: str = ""
-    bits: tuple[int, ...] = (4, 3)
+    grids: tuple[str, ...] = ("int4", "int3")
+    calibrated: bool = True  # else one seed tells
 
 
-OURS = Contestant("llama4q", "llama4q")
-CONTESTANTS = (
-    Contestant("rounding to nearest", "llama4q", "rtn"),
-    OURS,
+OURS = Contestant("llama4q", "llama4q", grids=tuple(GRIDS))
+ROUNDING = Contestant("rounding to nearest", "llama4q", "rtn", tuple(GRIDS), calibrated=False)
+PEERS = (
     Contestant("llm-compressor", "llmcompressor"),
     Contestant("llm-compressor, routed tokens", "llmcompressor", "routed"),
     Contestant("llm-compressor, MSE scales", "llmcompressor", "mse"),
     Contestant("GPTQModel", "gptqmodel"),
     Contestant("GPTQModel, its solver alone", "gptqmodel", "solver"),
     Contestant("AutoRound", "autoround"),
-    Contestant("AutoRound, mask repaired", "autoround", "masks"),
     Contestant("AutoRound, mask and scores repaired", "autoround", "fixed"),
-    Contestant("bitsandbytes NF4", "bitsandbytes", "", (4,)),
+    Contestant("bitsandbytes NF4", "bitsandbytes", "", ("int4",), calibrated=False),
 )
-YARDSTICK = "llm-compressor"
+YARDSTICK = PEERS[0]
+SETTINGS = (
+    "correction = false",
+    "shrinkage = false",
+    "act_order = false",
+    "scale_points = 1",
+    "signed_scales = false",
+    "beams = 1",
+    "weighting = false",
+    "token_damping = 0.0",
+)
+OPTIONS = tuple(Contestant(setting, "llama4q", setting, tuple(GRIDS)) for setting in SETTINGS)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: which model, bits and calibration seed, and by whom."""
+    """One run: which model, grid and calibration seed, and by whom."""
 
     model: str
-    bits: int
+    grid: str
     seed: int
     contestant: Contestant
 
     @property
     def name(self) -> str:
-        mode = f"-{self.contestant.mode}" if self.contestant.mode else ""
-        return f"{self.model}-int{self.bits}-{self.seed}-{self.contestant.worker}{mode}"
+        mode = "".join(filter(str.isalnum, self.contestant.mode))
+        parts = (self.model, self.grid, str(self.seed), self.contestant.worker, mode)
+        return "-".join(filter(None, parts))
 
 
 class Arena:
-    """Runs and judges cells of one model; everything that is found lies in `work`."""
+    """Runs and judges cells of one model; what is found lies in `records`."""
 
-    def __init__(self, model: str, source: Path, work: Path, peers: Path) -> None:
-        self.model = model
+    def __init__(self, source: Path, records: Path, work: Path, peers: Path) -> None:
         self.source = source.absolute()
+        self.records = records
         self.work = work.absolute()
         self.peers = peers
         self.tokenizer = load_tokenizer(source)
@@ -118,16 +139,21 @@ class Arena:
             (folder / f"{name}.txt").write_text(code, encoding="utf-8")
         return self._ask(str(folder), Needles([], [], 0))
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """The cell's record; runs it unless it is there."""
-        record = self.work / "records" / f"{cell.name}.json"
-        if not record.exists():
-            record.parent.mkdir(parents=True, exist_ok=True)
-            found = self._judged(cell, self.work / "runs" / cell.name)
-            record.with_suffix(".new").write_text(json.dumps(found))
-            record.with_suffix(".new").replace(record)
-        found_before: dict[str, Any] = json.loads(record.read_text())
-        return found_before
+    def run(self, cell: Cell) -> None:
+        """Make the cell's record, unless it is there or another process is at it."""
+        record = self.records / f"{cell.name}.json"
+        lock = self.work / "locks" / cell.name
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        self.records.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            if not record.exists():
+                found = self._judged(cell, self.work / "runs" / cell.name)
+                record.with_suffix(".new").write_text(json.dumps(found) + "\n")
+                record.with_suffix(".new").replace(record)
 
     def _judged(self, cell: Cell, folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
@@ -135,9 +161,7 @@ class Arena:
         facts = self._quantized(cell, folder)
         if "failure" not in facts:
             for text, questions in self.questions.items():
-                if cell.seed:  # no needle was ever lost: one seed tells
-                    questions = dataclasses.replace(questions, prompts=[])
-                facts[text] = self._verdict(folder / "dest", text, questions)
+                facts[text] = self._verdict(folder / "dest", text, questions, cell.seed)
             if cell.seed == 0:
                 facts["by_transformers"] = by_transformers(
                     self.source, folder / "dest", self.questions["same"].windows[:2]
@@ -146,19 +170,27 @@ class Arena:
         print(f"{cell.name}: {time.perf_counter() - began:.0f} s {line(facts)}", flush=True)
         return facts
 
-    def _verdict(self, folder: Path, text: str, questions: Questions) -> dict[str, Any]:
+    def _verdict(self, folder: Path, text: str, questions: Questions, seed: int) -> dict[str, Any]:
+        original = self._original(text, questions)
+        if seed and all_found(original, questions):  # no needle was ever lost then: one seed tells
+            questions = dataclasses.replace(questions, prompts=[])
+            original = self._original(text, questions)
+        return verdict(original, see(folder, questions), questions)
+
+    def _original(self, text: str, questions: Questions) -> Seen:
         key = (text, len(questions.prompts))
         if key not in self.originals:
             self.originals[key] = see(self.source, questions)
-        return verdict(self.originals[key], see(folder, questions), questions)
+        return self.originals[key]
 
     def _quantized(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """What the worker says of itself and the processor seconds it took, or why it failed."""
         (folder / "work").mkdir(parents=True)
         numpy.save(folder / "tokens.npy", self._tokens(cell.seed))
+        bits, group = GRIDS[cell.grid]
         assignment = {
-            "source": str(self.source), "tokens": str(folder / "tokens.npy"), "bits": cell.bits,
-            "group": 128, "mode": cell.contestant.mode, "seed": cell.seed,
+            "source": str(self.source), "tokens": str(folder / "tokens.npy"), "grid": cell.grid,
+            "bits": bits, "group": group, "mode": cell.contestant.mode, "seed": cell.seed,
             "work": str(folder / "work"), "dest": str(folder / "dest"),
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(assignment))
@@ -203,99 +235,26 @@ def line(facts: dict[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A mean over windows with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: torch.Tensor) -> Difference:
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-        means = values[drawn].mean(dim=1)
-        low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-        return cls(float(values.mean()), low, high)
+def cells(
+    model: str, grid: str, seeds: list[int], contestants: Sequence[Contestant]
+) -> Iterator[Cell]:
+    for contestant in contestants:
+        if grid in contestant.grids:
+            for seed in seeds if contestant.calibrated else seeds[:1]:
+                yield Cell(model, grid, seed, contestant)
 
 
-def windows(records: Sequence[dict[str, Any]], text: str, key: str) -> torch.Tensor:
-    """A figure by window, the mean over seeds."""
-    return torch.tensor([record[text][key] for record in records], dtype=torch.float64).mean(dim=0)
-
-
-def table(model: str, bits: int, records: dict[str, dict[int, dict[str, Any]]]) -> Iterator[str]:
-    """Markdown; contestants in rows, means over the seeds that llama4q and they have in common."""
-    ours = records.get(OURS.name, {})
-    yield f"### {model}, INT{bits}, groups of 128"
-    yield ""
-    yield (
-        "| | seeds | MB | KL | of llm-compressor's | llama4q's less its | KL 99 % | top-1 "
-        "| routing | perplexity | needles | other text: KL | llama4q's less its | CPU s | peak MB |"
-    )
-    yield "|---" * 15 + "|"
-    for name, by_seed in records.items():
-        seeds = sorted(set(by_seed) & set(ours)) or sorted(by_seed)
-        failed = [by_seed[seed]["failure"] for seed in seeds if "failure" in by_seed[seed]]
-        if failed:
-            yield f"| {name} | {len(seeds)} | failed: {failed[0][:160]} |" + " |" * 12
-            continue
-        yield row(name, seeds, [by_seed[seed] for seed in seeds], ours, records.get(YARDSTICK, {}))
-
-
-def row(
-    name: str,
-    seeds: list[int],
-    mine: list[dict[str, Any]],
-    ours: dict[int, dict[str, Any]],
-    yardstick: dict[int, dict[str, Any]],
-) -> str:
-    def mean(text: str, key: str) -> float:
-        return float(sum(record[text][key] for record in mine) / len(mine))
-
-    def against(text: str) -> str:
-        if name == OURS.name or not all(seed in ours for seed in seeds):
-            return ""
-        theirs = windows(mine, text, "kl")
-        found = Difference.of(windows([ours[seed] for seed in seeds], text, "kl") - theirs)
-        clear = sum(
-            Difference.of(windows([ours[seed]], text, "kl") - windows([record], text, "kl")).high
-            < 0
-            for seed, record in zip(seeds, mine, strict=True)
-        )
-        return (
-            f"{found.mean:+.5f} [{found.low:+.5f}, {found.high:+.5f}], {clear}/{len(seeds)} clear"
-        )
-
-    common = [seed for seed in seeds if "same" in yardstick.get(seed, {})]
-    ratio = ""
-    if common:
-        of_mine = [m for seed, m in zip(seeds, mine, strict=True) if seed in common]
-        kl = float(windows(of_mine, "same", "kl").mean())
-        ratio = f"{kl / float(windows([yardstick[s] for s in common], 'same', 'kl').mean()):.2f}"
-    found = [answer for record in mine for answer in record["same"]["needles"]]
-    routing = [record["same"]["routing"] for record in mine]
-    agreed = "" if routing[0] is None else f"{sum(routing) / len(routing):.2%}"
-    return (
-        f"| {name} | {len(seeds)} | {mine[0]['stored_bytes'] / 1e6:.2f} | "
-        f"{mean('same', 'kl_mean'):.5f} | {ratio} | {against('same')} | "
-        f"{mean('same', 'kl_p99'):.4f} | {mean('same', 'top1'):.2%} | {agreed} | "
-        f"{mean('same', 'perplexity'):.3f} | {sum(found) / max(1, len(found)):.1%} | "
-        f"{mean('other', 'kl_mean'):.5f} | {against('other')} | "
-        f"{sum(record['cpu_seconds'] for record in mine) / len(mine):.0f} | "
-        f"{max(record['peak_bytes'] for record in mine) / 1e6:.0f} |"
-    )
-
-
-def read_records(work: Path, model: str, bits: int) -> dict[str, dict[int, dict[str, Any]]]:
+def read_records(
+    folder: Path, model: str, grid: str, seeds: list[int], contestants: Sequence[Contestant]
+) -> dict[str, dict[int, dict[str, Any]]]:
     """Contestant -> seed -> record, of all that is there."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for contestant in CONTESTANTS:
-        for seed in range(10):
-            file = work / "records" / f"{Cell(model, bits, seed, contestant).name}.json"
-            if file.exists():
-                found.setdefault(contestant.name, {})[seed] = json.loads(file.read_text())
+    for cell in cells(model, grid, seeds, contestants):
+        file = folder / f"{cell.name}.json"
+        if file.exists():
+            record = json.loads(file.read_text())
+            for seed in [cell.seed] if cell.contestant.calibrated else seeds:
+                found.setdefault(cell.contestant.name, {})[seed] = record
     return found
 
 
@@ -304,30 +263,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--grids", default="int4,int3", help=f"of {', '.join(GRIDS)}")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--options", action="store_true", help="llama4q's options, not the peers")
     parser.add_argument("--only", help="contestants whose name is one of these, by ;")
-    parser.add_argument("--work", type=Path, default=Path(".arena"))
-    parser.add_argument("--peers", type=Path, default=Path(".peers"))
+    parser.add_argument("--records", type=Path, default=RECORDS, help="default: %(default)s")
+    parser.add_argument("--work", type=Path, default=Path(".arena"), help="default: %(default)s")
+    parser.add_argument("--peers", type=Path, default=Path(".peers"), help="default: %(default)s")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     models = dict(one.split("=", 1) for one in options.model)
-    all_bits = [int(bits) for bits in options.bits.split(",")]
+    grids = options.grids.split(",")
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    contestants = (OURS, *OPTIONS) if options.options else (OURS, ROUNDING, *PEERS)
     if not options.table:
         arenas = {
-            name: Arena(name, resolve(source).folder, options.work, options.peers)
+            name: Arena(resolve(source).folder, options.records, options.work, options.peers)
             for name, source in models.items()
         }
-        for seed in map(int, options.seeds.split(",")):
-            for bits in all_bits:
-                for name, arena in arenas.items():
-                    for contestant in CONTESTANTS:
-                        wanted = not options.only or contestant.name in options.only.split(";")
-                        if wanted and bits in contestant.bits:
-                            arena.run(Cell(name, bits, seed, contestant))
+        wanted = [
+            one for one in contestants if not options.only or one.name in options.only.split(";")
+        ]
+        for grid in grids:
+            todo = [cell for name in models for cell in cells(name, grid, seeds, wanted)]
+            for cell in sorted(todo, key=lambda cell: cell.seed):
+                arenas[cell.model].run(cell)
     for name in models:
-        for bits in all_bits:
-            print("\n".join(table(name, bits, read_records(options.work, name, bits))), "\n")
+        for grid in grids:
+            records = read_records(options.records, name, grid, seeds, contestants)
+            yardstick = OURS if options.options else YARDSTICK
+            print("\n".join(table(f"{name}, {grid}", records, OURS.name, yardstick.name)), "\n")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accuracy_vs_peers import Difference
 from benchmarks.peers.common import Assignment, hand_back
 from benchmarks.peers.judge import by_transformers, see, verdict
+from benchmarks.peers.table import Difference
 from evals.evaluation import compare
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
@@ -22,7 +22,7 @@ VARIANT = tiny.Variant(layers=2, rope_scaling=tiny.SCOUT_ROPE)
 
 
 def assignment(source: Path, dest: Path) -> Assignment:
-    return Assignment(source, source / "tokens.npy", 4, 128, "", 0, source, dest)
+    return Assignment(source, source / "tokens.npy", "int4", 4, 128, "", 0, source, dest)
 
 
 def decoded(folder: Path, factor: float) -> dict[str, torch.Tensor]:

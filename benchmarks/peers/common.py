@@ -32,6 +32,7 @@ class Assignment:
 
     source: Path  # BF16 Llama 4, fused experts, language_model. prefix
     tokens: Path  # .npy, int64 [S, T]: the calibration sequences
+    grid: str  # llama4q's name for what follows, such as "int4"
     bits: int
     group: int
     mode: str  # the peer's own variants, such as "routed"; "" for its default

@@ -69,6 +69,11 @@ def verdict(original: Seen, contestant: Seen, questions: Questions) -> dict[str,
     }
 
 
+def all_found(seen: Seen, questions: Questions) -> bool:
+    """Whether a model answers every prompt."""
+    return all(_found(seen, questions, number) for number in _prompts(questions))
+
+
 def _scores(seen: Seen, number: int) -> torch.Tensor:
     return logits(seen.config, seen.head, seen.hidden[number])
 

@@ -1,6 +1,8 @@
 """llama4q itself as a contestant: the same assignment as its peers get.
 
-Mode "" is the default recipe's solver, "rtn" plain rounding. Runs in llama4q's own environment.
+Mode "" is the default recipe's solver, "rtn" plain rounding, "bf16" the default with activations
+and products in BF16, as a user runs it; any other is a setting of the solver in TOML, such as
+"correction = false". Runs in llama4q's own environment.
 """
 
 from __future__ import annotations
@@ -23,23 +25,21 @@ from llama4q import __version__
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.packing import is_quantized, unpack
-from llama4q.recipe import Method, Solver, load_recipe
+from llama4q.recipe import load_recipe, parse_recipe
 
-DTYPES = {"": torch.float32, "rtn": torch.float32, "bf16": torch.bfloat16}
+MODES = {"": "", "bf16": "", "rtn": 'method = "rtn"'}
 
 
 def main() -> None:
     assignment = Assignment.read(sys.argv[1])
     started_with = peak_bytes()
     tokens = assignment.calibration()
-    suffix = "" if assignment.group == 128 else f"-g{assignment.group}"
-    recipe = dataclasses.replace(
-        load_recipe(f"int{assignment.bits}{suffix}"),
-        solver=Solver(method=Method.RTN if assignment.mode == "rtn" else Method.GPTQ),
-    )
+    setting = MODES.get(assignment.mode, assignment.mode)
+    asked = parse_recipe(f"[schemes]\n[solver]\n{setting}", assignment.mode)
+    recipe = dataclasses.replace(load_recipe(assignment.grid), solver=asked.solver)
     built = assignment.work / "checkpoint"
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    dtype = DTYPES[assignment.mode]
+    dtype = torch.bfloat16 if assignment.mode == "bf16" else torch.float32
     job = Job(assignment.source, built, recipe, (tokens,), digest, dtype)
     unasked = Evaluation(
         read_config(assignment.source), Questions(tokens[:1, :64], "judged elsewhere", [], 0)
