@@ -91,35 +91,51 @@ class LayerQuantizer:
     ) -> LayerResult:
         """Find the codes of `layer`, given the hidden states `[S, T, D]` that enter it.
 
-        `served` are those of the quantized model, `plain` those of the original, in batches.
+        `served` are those of the quantized model, `plain` those of the original, in batches. Both
+        are moved, in place of the lists, through the attention as an engine will apply it.
         """
         parts = parts_of([(batch.shape[0], batch.shape[1]) for batch in served])
-        # Copies, so that they can be added to: each is as large as a whole stream.
-        hidden, hidden_plain = (
-            torch.cat([batch.flatten(0, 1) for batch in stream]) for stream in (served, plain)
-        )
-        mixed, original = (
-            torch.cat([attention(self.config, layer, batch).flatten(0, 1) for batch in stream])
+        self._attend(layer, served, plain, parts)
+        entering, entering_plain = (
+            torch.cat([feed_forward_input(self.config, layer, batch) for batch in stream])
             for stream in (served, plain)
         )
-        output = self._o_proj(layer.o, Pair(mixed, original, hidden_plain - hidden, parts))
-        hidden.add_(output(mixed))
-        hidden_plain.add_(layer.o(original))
-        del mixed, original
-        inputs = Pair(
-            feed_forward_input(self.config, layer, hidden[None]),
-            feed_forward_input(self.config, layer, hidden_plain[None]),
-            None,
-            parts,
-        )
-        lacking = hidden_plain.sub_(hidden)
-        del hidden
+        inputs = Pair(entering, entering_plain, None, parts)
+        lacking = torch.cat([(x - y).flatten(0, 1) for x, y in zip(plain, served, strict=True)])
         name = f"{self.prefix}feed_forward"
         if isinstance(layer.feed_forward, Mlp):
             self._mlp(name, layer.feed_forward, inputs, lacking, Component.DENSE)
         else:
             self._moe(name, layer.feed_forward, inputs, lacking)
         return self.result
+
+    def _attend(
+        self,
+        layer: DecoderLayer,
+        served: list[torch.Tensor],
+        plain: list[torch.Tensor],
+        parts: torch.Tensor,
+    ) -> None:
+        """Both streams through the attention, whose output projection is quantized on the way."""
+        output = layer.o
+        scheme = self.schemes[Component.O_PROJ]
+        if scheme.quantizes:
+            mixed, mixed_plain, hidden, hidden_plain = (
+                torch.cat([batch.flatten(0, 1) for batch in stream])
+                for stream in (self._mixed(layer, served), self._mixed(layer, plain), served, plain)
+            )
+            pair = Pair(mixed, mixed_plain, hidden_plain.sub_(hidden), parts)
+            name = f"{self.prefix}self_attn.o_proj"
+            found = self._weight(name, layer.o.weight, pair, scheme)
+            self.result.tensors += pack(name, found)
+            output = as_served(found, layer.o.weight.dtype)
+        # Batch by batch and in the order of the model, so that a resumed run gets the same bits.
+        for stream, linear in ((served, output), (plain, layer.o)):
+            for number, mixed in enumerate(self._mixed(layer, stream)):
+                stream[number] = stream[number] + linear(mixed)
+
+    def _mixed(self, layer: DecoderLayer, stream: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return (attention(self.config, layer, batch) for batch in stream)
 
     def _moe(self, name: str, moe: Moe, inputs: Pair, lacking: torch.Tensor) -> None:
         """The shared expert, then the routed ones on what the served stream sends them."""
@@ -129,20 +145,17 @@ class LayerQuantizer:
         lacking.add_(in_parts(moe.shared, inputs.original))
         lacking.sub_(in_parts(shared, inputs.served))
         served, plain = route(moe, inputs.served), route(moe, inputs.original)
-        rows = inputs.served * served.score
         # A token that the original sent to another expert has no original input to this one.
         same = (served.expert == plain.expert)[:, None]
-        scaled = Pair(
-            rows,
-            torch.where(same, inputs.original * plain.score, rows),
-            None,
-            inputs.part,
-        )
         lacking.mul_(same)
-        others = self._others(scaled)
+        # In place: as large as a whole stream each, and unscaled they are not needed any more.
+        inputs.served.mul_(served.score)
+        inputs.original.mul_(plain.score)
+        torch.where(same, inputs.original, inputs.served, out=inputs.original)
+        others = self._others(inputs)
         for number, expert in enumerate(moe.experts):
             where = served.rows(number)
-            mine = scaled.rows(where)
+            mine = inputs.rows(where)
             self.result.expert_tokens.append(len(mine.part))
             self._mlp(
                 f"{name}.experts.{number}",
@@ -152,16 +165,6 @@ class LayerQuantizer:
                 Component.EXPERTS,
                 others,
             )
-
-    def _o_proj(self, linear: Linear, pair: Pair) -> Linear:
-        """Quantize the attention's output projection; returns it as an engine will apply it."""
-        scheme = self.schemes[Component.O_PROJ]
-        if not scheme.quantizes:
-            return linear
-        name = f"{self.prefix}self_attn.o_proj"
-        found = self._weight(name, linear.weight, pair, scheme)
-        self.result.tensors += pack(name, found)
-        return as_served(found, linear.weight.dtype)
 
     def _others(self, scaled: Pair) -> _Others | None:
         """What all tokens say, for experts that saw too few of their own."""

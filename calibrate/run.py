@@ -32,7 +32,14 @@ from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
 from llama4q.model import DecoderLayer
 from llama4q.recipe import Recipe, check_recipe, planned
-from llama4q.stream import LayerObserver, advance, check_tokens, embed, prefetched
+from llama4q.stream import (
+    LayerObserver,
+    advance,
+    advance_attended,
+    check_tokens,
+    embed,
+    prefetched,
+)
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
 
@@ -178,8 +185,8 @@ class Run:
         name = self.layer_units[index]
         files = self.writer.write_files(name, tensors)
         written = self._read_back(files, index)
-        advance(self.config, layer, plain)
-        advance(self.config, written, served)
+        advance_attended(self.config, layer, plain)
+        advance_attended(self.config, written, served)
         memory = {
             "layer": index,
             "expert_tokens": result.expert_tokens,

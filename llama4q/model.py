@@ -108,7 +108,13 @@ def decoder_layer(
     config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, Routing | None]:
     """Hidden states `[S, T, D]` through one layer; with the routing of an expert layer."""
-    hidden = hidden + layer.o(attention(config, layer, hidden))
+    return feed_forward(config, layer, hidden + layer.o(attention(config, layer, hidden)))
+
+
+def feed_forward(
+    config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
+) -> tuple[torch.Tensor, Routing | None]:
+    """The second half of a layer, for hidden states `[S, T, D]` that its attention has passed."""
     normed = feed_forward_input(config, layer, hidden)
     if isinstance(layer.feed_forward, Mlp):
         return hidden + layer.feed_forward(normed).view_as(hidden), None

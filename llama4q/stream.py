@@ -15,7 +15,7 @@ import torch
 
 from .config import ModelConfig
 from .errors import UserError
-from .model import DecoderLayer, Head, Routing, decoder_layer
+from .model import DecoderLayer, Head, Routing, decoder_layer, feed_forward
 
 Item = TypeVar("Item")
 
@@ -84,9 +84,27 @@ def advance(
 
     Raises UserError when the activations stop being finite.
     """
+    return _moved(decoder_layer, config, layer, batches)
+
+
+def advance_attended(
+    config: ModelConfig, layer: DecoderLayer, batches: list[torch.Tensor]
+) -> list[Routing | None]:
+    """The same for batches that have passed the layer's attention already."""
+    return _moved(feed_forward, config, layer, batches)
+
+
+def _moved(
+    through: Callable[
+        [ModelConfig, DecoderLayer, torch.Tensor], tuple[torch.Tensor, Routing | None]
+    ],
+    config: ModelConfig,
+    layer: DecoderLayer,
+    batches: list[torch.Tensor],
+) -> list[Routing | None]:
     routings = []
     for number, hidden in enumerate(batches):
-        batches[number], routing = decoder_layer(config, layer, hidden)
+        batches[number], routing = through(config, layer, hidden)
         check_activations(layer.index, batches[number])
         routings.append(routing)
     return routings
