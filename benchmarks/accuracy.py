@@ -31,7 +31,7 @@ from llama4q.text import load_tokenizer, parse_source
 
 PLAIN = Solver(
     damping=0.01, token_damping=0.0, act_order=False, scale_points=1, signed_scales=False, beams=1,
-    shrinkage=False, weighting=False, correction=False,
+    shrinkage=False, weighting=False, routing_weight=0.0, correction=False,
 )  # fmt: skip
 ADDED: dict[str, dict[str, Any]] = {
     "GPTQ, plain": {},
@@ -43,7 +43,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "+ correction": {"correction": True},
     "+ signed scales": {"signed_scales": True},
     "+ 8 beams": {"beams": 8},
-    "+ weighting (default)": {"weighting": True},
+    "+ weighting": {"weighting": True},
+    "+ routing weight (default)": {"routing_weight": Solver().routing_weight},
 }
 TAKEN: dict[str, dict[str, Any]] = {
     "- act-order": {"act_order": False},
@@ -54,6 +55,7 @@ TAKEN: dict[str, dict[str, Any]] = {
     "- beams": {"beams": 1},
     "4 beams": {"beams": 4},
     "- weighting": {"weighting": False},
+    "- routing weight": {"routing_weight": 0.0},
     "- damping by tokens": {"token_damping": 0.0},
     "damping 0.001": {"damping": 0.001},
     "damping 0.01": {"damping": 0.01},

@@ -94,6 +94,7 @@ SETTINGS = (
     "signed_scales = false",
     "beams = 1",
     "weighting = false",
+    "routing_weight = 0.0",
     "token_damping = 0.0",
 )
 OPTIONS = tuple(Contestant(setting, "llama4q", setting, tuple(GRIDS)) for setting in SETTINGS)

@@ -19,9 +19,13 @@ import torch
 
 from calibrate.gptq import choose_scales, factorize, solve
 from calibrate.hessian import damping_for, joined, measure
+from calibrate.outputs import solve_in_turn
+from calibrate.routing import output_metric, view
 from calibrate.target import Moments, Pair, corrected
+from calibrate.weighting import inner_metrics
+from llama4q.model import Linear, Mlp
 from llama4q.recipe import Solver
-from llama4q.schemes import SCHEMES, round_to_nearest
+from llama4q.schemes import SCHEMES, QuantizedWeight, round_to_nearest
 
 SHAPES = {"gate and up": (5120, 16384), "down": (8192, 5120)}
 Item = TypeVar("Item")
@@ -73,9 +77,32 @@ def parts_of(inputs: int, outputs: int, tokens: int, down: bool) -> dict[str, fl
             parts, f"codes, {beams} beams",
             lambda beams=beams: solve(aim, factor, scales, scheme, beams),
         )  # fmt: skip
-    residual = aim - found.dequantize()
-    assert residual.isfinite().all()
+    assert found.dequantize().isfinite().all()
+
+    def codes(part: torch.Tensor) -> QuantizedWeight:
+        scales = choose_scales(part, factor.importance, scheme, 20, signed=True)
+        return solve(part, factor, scales, scheme, solver.beams)
+
+    metric = metric_of(outputs if down else inputs)
+    metrics = [metric]
+    if not down:
+        mlp = Mlp(Linear(weight), Linear(torch.randn(outputs // 2, inputs) * inputs**-0.5))
+        rows = pair.original.float()
+        metrics = timed(parts, "metrics of gate and up", lambda: inner_metrics(mlp, rows, metric))
+    timed(parts, "scales and codes by metric", lambda: solve_in_turn(aim, metrics, codes))
     return parts
+
+
+def metric_of(width: int) -> torch.Tensor:
+    """What 24 later routers of 16 experts see."""
+    generator = torch.Generator().manual_seed(1)
+    seen = {
+        layer: view(torch.ones(width), torch.randn(width, 16, generator=generator))
+        for layer in range(1, 25)
+    }
+    metric = output_metric(seen, 0, Solver().routing_weight)
+    assert metric is not None
+    return metric
 
 
 def main() -> None:
@@ -89,7 +116,8 @@ def main() -> None:
         print(f"{name}, {inputs:,} -> {outputs:,}, {options.tokens:,} tokens")
         for part, seconds in parts.items():
             print(f"  {part:28} {seconds:7.1f} s")
-        shared = parts["factor"] + parts["scales"] + parts["codes, 8 beams"]
+        shared = parts["factor"] + parts["scales and codes by metric"]
+        shared += parts.get("metrics of gate and up", 0.0)
         default = parts["Hessian and cross moments"] + parts["correction"] + shared
         without = parts["Hessian alone"] + shared
         print(f"  default {default:.1f} s, without correction {without:.1f} s: ", end="")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,8 +31,10 @@ from llama4q.weights import DOWN, GATE, UP, Component, served_inputs
 from .gptq import choose_scales, factorize, solve
 from .hessian import Hessian, damping_for, joined, measure, shrink
 from .judge import error, held_out, parts_of
+from .outputs import solve_in_turn
+from .routing import output_metric
 from .target import HELD_OUT, Moments, Pair, corrected
-from .weighting import hidden_and_weights
+from .weighting import hidden_and_weights, inner_metrics
 
 POOL_ROWS = 2  # times the inputs: rows of other tokens that a blend is estimated from
 
@@ -72,10 +74,18 @@ class LayerResult:
 
 
 class LayerQuantizer:
-    """Quantizes one layer by a recipe; `report` is called for each group as it is done."""
+    """Quantizes one layer by a recipe; `report` is called for each group as it is done.
+
+    `router_views` is what the routers of all layers see of the stream (routing.py).
+    """
 
     def __init__(
-        self, config: ModelConfig, recipe: Recipe, index: int, report: Callable[[GroupReport], None]
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        index: int,
+        router_views: Mapping[int, torch.Tensor],
+        report: Callable[[GroupReport], None],
     ) -> None:
         self.config = config
         self.solver = recipe.solver
@@ -83,6 +93,8 @@ class LayerQuantizer:
         self.schemes = {
             component: recipe.scheme(component, index, config.num_layers) for component in Component
         }
+        self.router_views = router_views
+        self.metric = self._metric(index)
         self.report = report
         self.result = LayerResult()
 
@@ -126,7 +138,8 @@ class LayerQuantizer:
             )
             pair = Pair(mixed, mixed_plain, hidden_plain.sub_(hidden), parts)
             name = f"{self.prefix}self_attn.o_proj"
-            found = self._weight(name, layer.o.weight, pair, scheme)
+            # The layer's own router sees what the attention adds, too.
+            found = self._weight(name, layer.o.weight, pair, scheme, self._metric(layer.index - 1))
             self.result.tensors += pack(name, found)
             output = as_served(found, layer.o.weight.dtype)
         # Batch by batch and in the order of the model, so that a resumed run gets the same bits.
@@ -136,6 +149,11 @@ class LayerQuantizer:
 
     def _mixed(self, layer: DecoderLayer, stream: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         return (attention(self.config, layer, batch) for batch in stream)
+
+    def _metric(self, index: int) -> list[torch.Tensor]:
+        """How errors in the stream count that routers after layer `index` see; empty: all alike."""
+        metric = output_metric(self.router_views, index, self.solver.routing_weight)
+        return [] if metric is None else [metric]
 
     def _moe(self, name: str, moe: Moe, inputs: Pair, lacking: torch.Tensor) -> None:
         """The shared expert, then the routed ones on what the served stream sends them."""
@@ -199,11 +217,12 @@ class LayerQuantizer:
                 self.result.tensors += _unfused(name, mlp)
             return mlp
         dtype = mlp.down.weight.dtype
+        inner = [pair for outer in self.metric for pair in inner_metrics(mlp, rows.original, outer)]
         original, weights = hidden_and_weights(mlp, rows.original)
         if self.solver.weighting:
             rows = dataclasses.replace(rows, weights=weights)
         pair = self._weight(
-            f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, others, pieces=2
+            f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, inner, others, pieces=2
         )
         served = Mlp(as_served(pair, dtype), mlp.down)
         hidden = Pair(
@@ -213,7 +232,7 @@ class LayerQuantizer:
             rows.part,
         )
         through = None if others is None else others.through(mlp, served)
-        down = self._weight(f"{name}.{DOWN}", mlp.down.weight, hidden, scheme, through)
+        down = self._weight(f"{name}.{DOWN}", mlp.down.weight, hidden, scheme, self.metric, through)
         gate, up = _halves(pair)
         self.result.tensors += [
             *pack(f"{name}.{GATE}", gate),
@@ -228,12 +247,14 @@ class LayerQuantizer:
         weight: torch.Tensor,
         pair: Pair,
         scheme: Scheme,
+        metrics: Sequence[torch.Tensor],
         others: _Others | None = None,
         pieces: int = 1,
     ) -> StoredWeight:
         """Codes of one in-major weight for its input rows, with a report of how they were found.
 
-        `pieces` linears lie in it beside each other, with as many outputs each.
+        `pieces` linears lie in it beside each other, with as many outputs each; `metrics` weigh the
+        errors of theirs.
         """
         began = time.perf_counter()
         exact = weight.float()
@@ -241,7 +262,7 @@ class LayerQuantizer:
         stand_in = None if others is None else others.held
         wrong = rounding = error(exact, exact, solved.found, pair, stand_in)
         if self.solver.method is Method.GPTQ and scheme.calibrates:
-            candidate = self._solve(name, exact, pair, others, scheme)
+            candidate = self._solve(name, exact, pair, others, scheme, metrics)
             wrong = error(exact, candidate.aim, candidate.found, pair, stand_in)
             if wrong is not None and rounding is not None and wrong > rounding:
                 self._rescue(name, "kept rounding", f"error {wrong:.2e} against {rounding:.2e}")
@@ -264,7 +285,13 @@ class LayerQuantizer:
         return solved.found
 
     def _solve(
-        self, name: str, weight: torch.Tensor, pair: Pair, others: _Others | None, scheme: Scheme
+        self,
+        name: str,
+        weight: torch.Tensor,
+        pair: Pair,
+        others: _Others | None,
+        scheme: Scheme,
+        metrics: Sequence[torch.Tensor],
     ) -> _Solved:
         """GPTQ on the corrected weight; whatever does not go the usual way is named."""
         halves = None
@@ -295,10 +322,14 @@ class LayerQuantizer:
             weight, correction = corrected(weight, halves, factor, blended)
         if correction is None and hessian.tokens:
             self._rescue(name, "uncorrected", "half of the calibration sequences say nothing")
-        scales = choose_scales(
-            weight, factor.importance, scheme, self.solver.scale_points, self.solver.signed_scales
-        )
-        found = solve(weight, factor, scales, scheme, self.solver.beams)
+
+        def codes(aim: torch.Tensor) -> QuantizedWeight:
+            scales = choose_scales(
+                aim, factor.importance, scheme, self.solver.scale_points, self.solver.signed_scales
+            )
+            return solve(aim, factor, scales, scheme, self.solver.beams)
+
+        found = solve_in_turn(weight, metrics, codes)
         return _Solved(found, weight, share, factor.damping, correction or 0.0)
 
     def _rescue(self, name: str, kind: str, detail: str) -> None:

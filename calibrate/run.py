@@ -45,6 +45,7 @@ from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_o
 
 from .layer import LayerQuantizer
 from .progress import Progress
+from .routing import views
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REST, EVIDENCE = "rest", "evidence"  # the units beside the layers
@@ -145,6 +146,7 @@ class Run:
         """Write every unit; layers in order, both streams beside each other."""
         original = LayerReader(Checkpoint(self.job.source), self.config, self.job.dtype)
         self.progress.start(groups_in(self.config, self.job.recipe))
+        self.router_views = views(original)
         embedding = original.embedding()
         plain = embed(embedding, self.job.tokens)
         served = list(plain)
@@ -177,7 +179,10 @@ class Run:
     ) -> DecoderLayer:
         """Solve and write a layer, move both streams through it, and return it as written."""
         index = layer.index
-        quantizer = LayerQuantizer(self.config, self.job.recipe, index, self.progress.group)
+        recipe = self.job.recipe
+        quantizer = LayerQuantizer(
+            self.config, recipe, index, self.router_views, self.progress.group
+        )
         result = quantizer.quantize(layer, served, plain)
         for rescue in result.rescues:
             self.progress.rescue(rescue)

@@ -55,6 +55,7 @@ class Solver:
     beams: int = 8  # roundings of an output that compete; 1 takes the nearest code, as GPTQ
     shrinkage: bool = True  # blend the Hessians of experts with few tokens
     weighting: bool = True  # tokens that gate and up matter for count more
+    routing_weight: float = 0.15  # of errors that a later router sees; 0: all alike
     correction: bool = True  # make up for what earlier layers damaged
 
 

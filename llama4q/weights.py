@@ -60,6 +60,15 @@ class LayerReader:
             shared=self.mlp(f"{prefix}.shared_expert", self.config.expert_size),
         )
 
+    def router(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm `[D]` before an expert layer's feed-forward, and its router `[D, E]`."""
+        config, prefix = self.config, self.config.layer_prefix(index)
+        name = f"{prefix}feed_forward.router"
+        return (
+            self.vector(f"{prefix}post_attention_layernorm.weight", config.hidden_size),
+            self.linear(name, config.hidden_size, config.num_experts).weight,
+        )
+
     def expert(self, index: int, number: int) -> Mlp:
         """One routed expert, from the fused tensors or from its own."""
         prefix = f"{self.config.layer_prefix(index)}feed_forward.experts"

@@ -71,6 +71,7 @@ def run(
     calibration: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
     progress: Quiet | None = None,
     dtype: torch.dtype = torch.float32,
+    asked: Questions | None = None,
 ) -> Mapping[str, Any]:
     """The report of a small run; the recipe may be a shipped one's name.
 
@@ -81,7 +82,7 @@ def run(
     batches = (drawn,) if isinstance(drawn, torch.Tensor) else drawn
     digest = f"digest of {sum(int(batch.sum()) for batch in batches)}"
     job = Job(source, destination, chosen, batches, digest, dtype)
-    evaluation = Evaluation(read_config(source), questions(source))
+    evaluation = Evaluation(read_config(source), asked or questions(source))
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return dataclasses.asdict(outcome)

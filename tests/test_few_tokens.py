@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from calibrate.data import calibration_tokens
 from calibrate.layer import LayerQuantizer
+from calibrate.routing import views
 from evals.likelihood import Likelihood
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import ModelConfig, read_config
@@ -82,8 +83,9 @@ def quantized(scene: Scene, tokens: int, method: Method, folder: Path) -> Checkp
         keep[torch.nonzero(scene.expert == number).squeeze(1)[tokens:]] = False
     states = [scene.hidden[keep][:, None]]  # sequences of one token each
     recipe = dataclasses.replace(load_recipe("int4"), solver=Solver(method=method))
-    quantizer = LayerQuantizer(scene.config, recipe, LAYER, lambda report: None)
     with torch.inference_mode():
+        seen = views(scene.reader)
+        quantizer = LayerQuantizer(scene.config, recipe, LAYER, seen, lambda report: None)
         result = quantizer.quantize(scene.layer, states, list(states))
     assert [result.expert_tokens[number] for number in STARVED] == [tokens] * len(STARVED)
     folder.mkdir()

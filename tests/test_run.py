@@ -85,6 +85,7 @@ def test_expert_tokens_against_transformers(tmp_path: Path) -> None:
         {"beams": 1},
         {"shrinkage": False},
         {"weighting": False},
+        {"routing_weight": 0.0},
         {"correction": False},
     ],
 )

@@ -1,0 +1,64 @@
+"""Codes of outputs that matter together: block after block, each making up for those before it.
+
+With a metric M over the outputs the loss of residual R = W - Q is tr(M R^T H R). With M = L L^T it
+is a sum over blocks J of outputs of tr(L_JJ L_JJ^T E_J^T H E_J), where
+
+    E_J = R_J + R_K L_KJ L_JJ^-1,    K the outputs behind J.
+
+So blocks are taken from the last to the first, and each aims at W_J plus what those behind it ask
+for: what gptq.py does for rows, for columns (the Kronecker form of LDLQ, as in YAQA, 2505.22988).
+Knows nothing of Hessians or grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from llama4q.schemes import QuantizedWeight
+
+BLOCKS = 8  # more of them gain nothing that can be measured, and solve narrower matrices
+
+
+def solve_in_turn(
+    weight: torch.Tensor,
+    metrics: Sequence[torch.Tensor],
+    solve: Callable[[torch.Tensor], QuantizedWeight],
+) -> QuantizedWeight:
+    """Codes of an F32 weight `[I, O]`; `solve` finds those of some outputs, each by itself.
+
+    There is a metric `[O, O]`, or one for each of the linears that lie in the weight side by side;
+    without any all outputs are solved at once.
+    """
+    if not metrics:
+        return solve(weight)
+    pieces = weight.chunk(len(metrics), dim=1)
+    found = [
+        part
+        for piece, metric in zip(pieces, metrics, strict=True)
+        for part in _parts(piece, metric, solve)
+    ]
+    return QuantizedWeight(
+        found[0].scheme,
+        torch.cat([part.codes for part in found], dim=1),
+        torch.cat([part.scales for part in found], dim=1),
+    )
+
+
+def _parts(
+    weight: torch.Tensor, metric: torch.Tensor, solve: Callable[[torch.Tensor], QuantizedWeight]
+) -> list[QuantizedWeight]:
+    """The blocks of one linear's outputs, in their order in the weight."""
+    lower = torch.linalg.cholesky(metric)
+    residual = torch.zeros_like(weight)
+    found = []
+    for block in reversed(torch.arange(weight.shape[1]).tensor_split(BLOCKS)):
+        start, stop = int(block[0]), int(block[-1]) + 1
+        asked = torch.linalg.solve_triangular(
+            lower[start:stop, start:stop], lower[stop:, start:stop], upper=False, left=False
+        )
+        part = solve(weight[:, start:stop] + residual[:, stop:] @ asked)
+        residual[:, start:stop] = weight[:, start:stop] - part.dequantize()
+        found.append(part)
+    return found[::-1]
