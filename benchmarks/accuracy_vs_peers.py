@@ -198,7 +198,8 @@ class Arena:
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(
                 [*self._command(cell.contestant.worker), str(folder / "job.json")],
-                stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log, stderr=log, cwd=folder,  # some leave logs where they run
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             _, status, used = os.wait4(process.pid, 0)
         measured = {"cpu_seconds": used.ru_utime + used.ru_stime}
