@@ -22,8 +22,6 @@ from calibrate.hessian import damping_for, joined, measure
 from calibrate.outputs import solve_in_turn
 from calibrate.routing import output_metric, view
 from calibrate.target import Moments, Pair, corrected
-from calibrate.weighting import inner_metrics
-from llama4q.model import Linear, Mlp
 from llama4q.recipe import Solver
 from llama4q.schemes import SCHEMES, QuantizedWeight, round_to_nearest
 
@@ -83,13 +81,9 @@ def parts_of(inputs: int, outputs: int, tokens: int, down: bool) -> dict[str, fl
         scales = choose_scales(part, factor.importance, scheme, 20, signed=True)
         return solve(part, factor, scales, scheme, solver.beams)
 
-    metric = metric_of(outputs if down else inputs)
-    metrics = [metric]
-    if not down:
-        mlp = Mlp(Linear(weight), Linear(torch.randn(outputs // 2, inputs) * inputs**-0.5))
-        rows = pair.original.float()
-        metrics = timed(parts, "metrics of gate and up", lambda: inner_metrics(mlp, rows, metric))
-    timed(parts, "scales and codes by metric", lambda: solve_in_turn(aim, metrics, codes))
+    if down:
+        metric = metric_of(outputs)
+        timed(parts, "by metric: scales and codes", lambda: solve_in_turn(aim, metric, codes))
     return parts
 
 
@@ -116,8 +110,8 @@ def main() -> None:
         print(f"{name}, {inputs:,} -> {outputs:,}, {options.tokens:,} tokens")
         for part, seconds in parts.items():
             print(f"  {part:28} {seconds:7.1f} s")
-        shared = parts["factor"] + parts["scales and codes by metric"]
-        shared += parts.get("metrics of gate and up", 0.0)
+        plain = parts["scales"] + parts["codes, 8 beams"]
+        shared = parts["factor"] + parts.get("by metric: scales and codes", plain)
         default = parts["Hessian and cross moments"] + parts["correction"] + shared
         without = parts["Hessian alone"] + shared
         print(f"  default {default:.1f} s, without correction {without:.1f} s: ", end="")

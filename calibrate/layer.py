@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +34,7 @@ from .judge import error, held_out, parts_of
 from .outputs import solve_in_turn
 from .routing import output_metric
 from .target import HELD_OUT, Moments, Pair, corrected
-from .weighting import hidden_and_weights, inner_metrics
+from .weighting import hidden_and_weights
 
 POOL_ROWS = 2  # times the inputs: rows of other tokens that a blend is estimated from
 
@@ -150,10 +150,9 @@ class LayerQuantizer:
     def _mixed(self, layer: DecoderLayer, stream: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         return (attention(self.config, layer, batch) for batch in stream)
 
-    def _metric(self, index: int) -> list[torch.Tensor]:
-        """How errors in the stream count that routers after layer `index` see; empty: all alike."""
-        metric = output_metric(self.router_views, index, self.solver.routing_weight)
-        return [] if metric is None else [metric]
+    def _metric(self, index: int) -> torch.Tensor | None:
+        """How errors in the stream count that routers after layer `index` see."""
+        return output_metric(self.router_views, index, self.solver.routing_weight)
 
     def _moe(self, name: str, moe: Moe, inputs: Pair, lacking: torch.Tensor) -> None:
         """The shared expert, then the routed ones on what the served stream sends them."""
@@ -217,12 +216,11 @@ class LayerQuantizer:
                 self.result.tensors += _unfused(name, mlp)
             return mlp
         dtype = mlp.down.weight.dtype
-        inner = [pair for outer in self.metric for pair in inner_metrics(mlp, rows.original, outer)]
         original, weights = hidden_and_weights(mlp, rows.original)
         if self.solver.weighting:
             rows = dataclasses.replace(rows, weights=weights)
         pair = self._weight(
-            f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, inner, others, pieces=2
+            f"{name}.gate_up_proj", mlp.gate_up.weight, rows, scheme, None, others, pieces=2
         )
         served = Mlp(as_served(pair, dtype), mlp.down)
         hidden = Pair(
@@ -247,14 +245,14 @@ class LayerQuantizer:
         weight: torch.Tensor,
         pair: Pair,
         scheme: Scheme,
-        metrics: Sequence[torch.Tensor],
+        metric: torch.Tensor | None,
         others: _Others | None = None,
         pieces: int = 1,
     ) -> StoredWeight:
         """Codes of one in-major weight for its input rows, with a report of how they were found.
 
-        `pieces` linears lie in it beside each other, with as many outputs each; `metrics` weigh the
-        errors of theirs.
+        `pieces` linears lie in it beside each other, with as many outputs each. `metric` weighs the
+        errors of its outputs; None: all alike.
         """
         began = time.perf_counter()
         exact = weight.float()
@@ -262,7 +260,7 @@ class LayerQuantizer:
         stand_in = None if others is None else others.held
         wrong = rounding = error(exact, exact, solved.found, pair, stand_in)
         if self.solver.method is Method.GPTQ and scheme.calibrates:
-            candidate = self._solve(name, exact, pair, others, scheme, metrics)
+            candidate = self._solve(name, exact, pair, others, scheme, metric)
             wrong = error(exact, candidate.aim, candidate.found, pair, stand_in)
             if wrong is not None and rounding is not None and wrong > rounding:
                 self._rescue(name, "kept rounding", f"error {wrong:.2e} against {rounding:.2e}")
@@ -291,7 +289,7 @@ class LayerQuantizer:
         pair: Pair,
         others: _Others | None,
         scheme: Scheme,
-        metrics: Sequence[torch.Tensor],
+        metric: torch.Tensor | None,
     ) -> _Solved:
         """GPTQ on the corrected weight; whatever does not go the usual way is named."""
         halves = None
@@ -329,7 +327,7 @@ class LayerQuantizer:
             )
             return solve(aim, factor, scales, scheme, self.solver.beams)
 
-        found = solve_in_turn(weight, metrics, codes)
+        found = codes(weight) if metric is None else solve_in_turn(weight, metric, codes)
         return _Solved(found, weight, share, factor.damping, correction or 0.0)
 
     def _rescue(self, name: str, kind: str, detail: str) -> None:

@@ -12,7 +12,7 @@ Knows nothing of Hessians or grids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -23,33 +23,13 @@ BLOCKS = 8  # more of them gain nothing that can be measured, and solve narrower
 
 def solve_in_turn(
     weight: torch.Tensor,
-    metrics: Sequence[torch.Tensor],
+    metric: torch.Tensor,
     solve: Callable[[torch.Tensor], QuantizedWeight],
 ) -> QuantizedWeight:
-    """Codes of an F32 weight `[I, O]`; `solve` finds those of some outputs, each by itself.
+    """Codes of an F32 weight `[I, O]` under a metric `[O, O]`.
 
-    There is a metric `[O, O]`, or one for each of the linears that lie in the weight side by side;
-    without any all outputs are solved at once.
+    `solve` finds those of some outputs, each of which counts by itself.
     """
-    if not metrics:
-        return solve(weight)
-    pieces = weight.chunk(len(metrics), dim=1)
-    found = [
-        part
-        for piece, metric in zip(pieces, metrics, strict=True)
-        for part in _parts(piece, metric, solve)
-    ]
-    return QuantizedWeight(
-        found[0].scheme,
-        torch.cat([part.codes for part in found], dim=1),
-        torch.cat([part.scales for part in found], dim=1),
-    )
-
-
-def _parts(
-    weight: torch.Tensor, metric: torch.Tensor, solve: Callable[[torch.Tensor], QuantizedWeight]
-) -> list[QuantizedWeight]:
-    """The blocks of one linear's outputs, in their order in the weight."""
     lower = torch.linalg.cholesky(metric)
     residual = torch.zeros_like(weight)
     found = []
@@ -61,4 +41,9 @@ def _parts(
         part = solve(weight[:, start:stop] + residual[:, stop:] @ asked)
         residual[:, start:stop] = weight[:, start:stop] - part.dequantize()
         found.append(part)
-    return found[::-1]
+    found.reverse()
+    return QuantizedWeight(
+        found[0].scheme,
+        torch.cat([part.codes for part in found], dim=1),
+        torch.cat([part.scales for part in found], dim=1),
+    )
