@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.accuracy_vs_peers import OPTIONS, SETTINGS, Cell
 from benchmarks.peers.common import Assignment, hand_back
 from benchmarks.peers.judge import by_transformers, see, verdict
-from benchmarks.peers.table import Difference
+from benchmarks.peers.table import Difference, table
 from evals.evaluation import compare
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
+from llama4q.recipe import Solver, parse_recipe
 from llama4q.weights import LayerReader
 
 from . import runs, tiny
@@ -105,3 +108,48 @@ def test_the_interval_covers_the_mean_about_95_times_in_100() -> None:
         found = Difference.of(torch.randn(32, generator=generator, dtype=torch.float64) - 1)
         covered += found.low < -1 < found.high
     assert 175 <= covered <= 198
+
+
+def record(kl: float, needles: list[bool]) -> dict[str, Any]:
+    """A contestant's, with two windows that differ by 0.02."""
+    figures = {
+        "kl": [kl - 0.01, kl + 0.01], "loss": [3.0, 3.2], "kl_mean": kl, "kl_p99": 0.5,
+        "top1": 0.9, "perplexity": 20.0, "routing": None, "needles": needles,
+    }  # fmt: skip
+    return {
+        "same": figures, "other": figures, "stored_bytes": 5_000_000, "cpu_seconds": 7.0,
+        "peak_bytes": 3_000_000,
+    }  # fmt: skip
+
+
+def test_the_table_pairs_seeds_and_says_what_failed() -> None:
+    peer = {0: record(0.4, [True, False]), 1: record(0.6, [])}
+    rounding = record(0.9, [True, True])
+    records = {
+        "us": {0: record(0.1, [True, True]), 1: record(0.2, [])},
+        "peer": peer,
+        "rounding": {0: rounding, 1: rounding},  # one run for all seeds
+        "once": {1: record(0.4, [True])},
+        "broken": {0: {"failure": "no such layer", "cpu_seconds": 1.0}},
+    }
+    lines = list(table("title", records, ours="us", yardstick="peer"))
+    assert lines[0] == "### title"
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines[4:]
+    }
+    columns = lines[2].count("|")
+    assert all(len(row) == columns + 1 for row in rows.values())
+    assert rows["us"][2:7] == ["2", "5.00", "0.15000", "0.30", ""]
+    assert rows["peer"][4:7] == ["0.50000", "1.00", "-0.35000 [-0.35000, -0.35000], 2/2 clear"]
+    assert rows["peer"][12] == "50.0% of 2"
+    assert rows["rounding"][12] == "100.0% of 2"
+    # Only seed 1 is there: it is held against seed 1 of the others.
+    assert rows["once"][2:7] == ["1", "5.00", "0.40000", "0.67", rows["once"][6]]
+    assert rows["once"][6].startswith("-0.20000")
+    assert "no such layer" in rows["broken"][3]
+
+
+def test_each_option_is_a_setting_other_than_the_default() -> None:
+    for setting in SETTINGS:
+        assert parse_recipe(f"[schemes]\n[solver]\n{setting}", "setting").solver != Solver()
+    assert len({Cell("model", "int4", 0, option).name for option in OPTIONS}) == len(OPTIONS)
