@@ -278,6 +278,11 @@ def main() -> None:
     grids = options.grids.split(",")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     contestants = (OURS, *OPTIONS) if options.options else (OURS, ROUNDING, *PEERS)
+    known = [one.name for one in contestants]
+    if unknown := [grid for grid in grids if grid not in GRIDS]:
+        parser.error(f"unknown grid {unknown[0]!r}, choose from {', '.join(GRIDS)}")
+    if unknown := [name for name in (options.only or "").split(";") if name and name not in known]:
+        parser.error(f"unknown contestant {unknown[0]!r}, choose from {'; '.join(known)}")
     if not options.table:
         arenas = {
             name: Arena(resolve(source).folder, options.records, options.work, options.peers)

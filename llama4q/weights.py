@@ -53,9 +53,9 @@ class LayerReader:
         prefix = f"{self.config.layer_prefix(index)}feed_forward"
         if index not in self.config.moe_layers:
             return self.mlp(prefix, self.config.dense_size)
-        width, count = self.config.hidden_size, self.config.num_experts
+        count = self.config.num_experts
         return Moe(
-            router=self.linear(f"{prefix}.router", width, count).weight,
+            router=self.router(index)[1],
             experts=tuple(self.expert(index, number) for number in range(count)),
             shared=self.mlp(f"{prefix}.shared_expert", self.config.expert_size),
         )
