@@ -82,3 +82,14 @@ def test_more_tokens_keep_their_expert_on_the_pocket_model(tmp_path: Path) -> No
         routing = report["evidence"]["routing"]
         agreed.append(sum(record["agreement"] for record in routing) / len(routing))
     assert 1 - agreed[1] < 0.95 * (1 - agreed[0])
+
+
+def test_the_attention_answers_to_its_own_layers_router(tmp_path: Path) -> None:
+    """In a model of one layer no router comes after down, but one after o_proj."""
+    source = tiny.write(tmp_path / "source", tiny.Variant(layers=1, rope_scaling=tiny.SCOUT_ROPE))
+    for weight in (0.0, 1.0):
+        recipe = dataclasses.replace(load_recipe("int4-fp8"), solver=Solver(routing_weight=weight))
+        runs.run(source, tmp_path / str(weight), recipe)
+    name = "language_model.model.layers.0.self_attn.o_proj.weight"
+    codes = [Checkpoint(tmp_path / str(weight)).get(name).float() for weight in (0.0, 1.0)]
+    assert not torch.equal(codes[0], codes[1])
