@@ -43,7 +43,8 @@ WORKERS = Path(__file__).parent / "peers"
 RECORDS = Path(__file__).parent / "records"
 SAMPLES, LENGTH = 64, 1024
 WINDOWS = 32
-NEEDLES = Needles([512, 1024, 2048], [step / 10 for step in range(11)], 2)
+NEEDLES = 2  # prompts of each length and depth
+NEEDLE_LENGTHS, NEEDLE_DEPTHS = [512, 1024, 2048], [step / 10 for step in range(11)]
 OTHER_TEXT = (
     "argparse.py",
     "datetime.py",
@@ -119,13 +120,16 @@ class Cell:
 class Arena:
     """Runs and judges cells of one model; what is found lies in `records`."""
 
-    def __init__(self, source: Path, records: Path, work: Path, peers: Path) -> None:
+    def __init__(
+        self, source: Path, records: Path, work: Path, peers: Path, needles: int = NEEDLES
+    ) -> None:
         self.source = source.absolute()
         self.records = records
         self.work = work.absolute()
         self.peers = peers
         self.tokenizer = load_tokenizer(source)
-        self.questions = {"same": self._ask(None, NEEDLES), "other": self._ask_other()}
+        asked = Needles(NEEDLE_LENGTHS, NEEDLE_DEPTHS, needles)
+        self.questions = {"same": self._ask(None, asked), "other": self._ask_other()}
         self.originals: dict[tuple[str, int], Seen] = {}
 
     def _ask(self, text: str | None, needles: Needles) -> Questions:
@@ -269,6 +273,10 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--options", action="store_true", help="llama4q's options, not the peers")
     parser.add_argument("--only", help="contestants whose name is one of these, by ;")
+    parser.add_argument(
+        "--needles", type=int, default=NEEDLES,
+        help="prompts of each length and depth; records of another number need another folder",
+    )  # fmt: skip
     parser.add_argument("--records", type=Path, default=RECORDS, help="default: %(default)s")
     parser.add_argument("--work", type=Path, default=Path(".arena"), help="default: %(default)s")
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="default: %(default)s")
@@ -285,7 +293,13 @@ def main() -> None:
         parser.error(f"unknown contestant {unknown[0]!r}, choose from {'; '.join(known)}")
     if not options.table:
         arenas = {
-            name: Arena(resolve(source).folder, options.records, options.work, options.peers)
+            name: Arena(
+                resolve(source).folder,
+                options.records,
+                options.work,
+                options.peers,
+                options.needles,
+            )
             for name, source in models.items()
         }
         wanted = [
