@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from calibrate.codes import GroupReport, Rescue
 from calibrate.data import calibration_tokens
-from calibrate.layer import GroupReport, Rescue
 from calibrate.run import Job, Outcome, quantize
 from evals.evaluation import Evaluation
 from evals.questions import Needles, Questions, ask

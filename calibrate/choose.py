@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from llama4q.stream import advance, embed, prefetched
+from llama4q.prefetch import prefetched
+from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
 
 
@@ -22,13 +23,12 @@ def expert_counts(
 ) -> torch.Tensor:
     """How many tokens of each sequence `[S, T]` go to each expert, `[S, layers * E]` int64."""
     config = reader.config
-    batches = embed(reader.embedding(), [tokens])
+    hidden = embed(reader.embedding(), [tokens])
     counts = []
     for layer in prefetched(reader.layer, range(config.num_layers)):
-        routings = advance(config, layer, batches)
-        experts = [routing.expert for routing in routings if routing is not None]
-        if experts:
-            chosen = torch.cat(experts).view(len(tokens), -1)
+        routing = advance(config, layer, hidden)
+        if routing is not None:
+            chosen = routing.expert.view(len(tokens), -1)
             found = torch.zeros(len(tokens), config.num_experts, dtype=torch.int64)
             counts.append(found.scatter_add_(1, chosen, torch.ones_like(chosen)))
         layer_done()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .products import bf16_factors
+
 ROWS_AT_ONCE = 8192  # bounds the F32 copies, not the result's meaning
 MOST_TOKEN_DAMPING = 0.3  # beyond it hardly anything changes, down to no tokens at all
 
@@ -37,12 +39,13 @@ def measure(batches: Iterable[torch.Tensor], inputs: int) -> Hessian:
     """The Hessian of rows `[N, I]`, given in batches. Products of BF16 are exact in F32."""
     total = torch.zeros(inputs, inputs)
     tokens = 0
-    for batch in batches:
-        for rows in batch.split(ROWS_AT_ONCE):
-            exact = rows.float()
-            total.addmm_(exact.T, exact)
-            tokens += len(rows)
-    return Hessian(total / max(tokens, 1), tokens)
+    with bf16_factors():
+        for batch in batches:
+            for rows in batch.split(ROWS_AT_ONCE):
+                exact = rows.float()
+                total.addmm_(exact.T, exact)
+                tokens += len(rows)
+    return Hessian(total.div_(max(tokens, 1)), tokens)
 
 
 def joined(first: Hessian, second: Hessian) -> Hessian:
@@ -62,7 +65,9 @@ def damping_for(hessian: Hessian, base: float, by_tokens: float) -> float:
 
 
 def shrink(own: Hessian, target: Hessian, batches: Iterable[torch.Tensor]) -> Hessian:
-    """Blend `own`, measured on rows `[N, I]`, with `target`: the fewer the rows, the more of it.
+    """Blend `own` with `target`: the fewer tokens it was measured on, the more of it.
+
+    `batches` of some of its rows `[n, I]` tell the mean of |x|^4.
 
     (1 - rho) S + rho P with rho = [(mean |x|^4 - |S|^2) / N] / |S - P|^2, clipped to [0, 1], in
     coordinates where P has a unit diagonal. Source: Ledoit and Wolf 2004, "A well-conditioned
@@ -78,11 +83,13 @@ def shrink(own: Hessian, target: Hessian, batches: Iterable[torch.Tensor]) -> He
     distance = (estimate - aim).square().sum()
     if distance == 0:
         return own
-    fourth = sum(
-        (part.float() * scale).square().sum(dim=1).square().sum().item()
-        for rows in batches
-        for part in rows.split(ROWS_AT_ONCE)
+    fourth = torch.cat(
+        [
+            (part.float() * scale).square().sum(dim=1).square()
+            for rows in batches
+            for part in rows.split(ROWS_AT_ONCE)
+        ]
     )
-    noise = (fourth / own.tokens - estimate.square().sum()) / own.tokens
+    noise = (fourth.mean() - estimate.square().sum()) / own.tokens
     share = float((noise / distance).clamp(0, 1))
     return own.blended(target, share)

@@ -40,45 +40,44 @@ def parts_of(shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def held_out(pair: Pair) -> Pair:
-    """At most MOST_TOKENS of the held-out tokens, evenly spaced."""
-    which = torch.nonzero(pair.part == HELD_OUT).squeeze(1)
-    return pair.rows(_spaced(which))
+def judging(parts: torch.Tensor, stand_in: bool) -> torch.Tensor:
+    """The numbers of the tokens that a weight's codes are judged on, at most MOST_TOKENS.
+
+    Held-out ones, evenly spaced. Where they are too few, none if there is a stand-in, else of all.
+    """
+    held = torch.nonzero(parts == HELD_OUT).squeeze(1)
+    if len(held) >= LEAST_TOKENS:
+        return spaced(held, MOST_TOKENS)
+    return held[:0] if stand_in else spaced(torch.arange(len(parts)), MOST_TOKENS)
 
 
-def _spaced(which: torch.Tensor) -> torch.Tensor:
-    return which[:: max(1, -(-len(which) // MOST_TOKENS))]
-
-
-def can_judge(pair: Pair) -> bool:
-    """Whether enough held-out tokens reached this weight."""
-    return int((pair.part == HELD_OUT).sum()) >= LEAST_TOKENS
+def spaced(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` of them, evenly spaced."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def error(
     weight: torch.Tensor,
     aim: torch.Tensor,
     found: StoredWeight,
-    pair: Pair,
+    judge: Pair | None,
     stand_in: Pair | None,
 ) -> float | None:
     """The share of the wanted output's energy that codes get wrong, on tokens not seen.
 
-    What the original gives is wanted. Where a weight's own tokens are too few, it is what `aim`,
+    What the original gives is wanted. Where a weight's own tokens cannot judge, it is what `aim`,
     the weight that codes were found for, gives on the stand-in's: other tokens cannot judge the
-    correction that it holds. Without any held-out token those seen are taken; None where there are
-    none.
+    correction that it holds. None where there is nobody to judge.
     """
-    if can_judge(pair):
-        return _error(weight, found, held_out(pair))
+    if judge is not None:
+        return _error(weight, found, judge)
     if stand_in is not None and len(stand_in.part):
         return _error(aim, found, replace(stand_in, original=stand_in.served, lacking=None))
-    every = torch.arange(len(pair.part))
-    return _error(weight, found, pair.rows(_spaced(every))) if len(every) else None
+    return None
 
 
 def _error(weight: torch.Tensor, found: StoredWeight, judge: Pair) -> float:
-    [batch] = judge.batches()
+    batch = judge.batch()
     wanted = batch.original @ weight
     if batch.lacking is not None:
         wanted = wanted + batch.lacking

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from .layer import GroupReport, Rescue
+from .codes import GroupReport, Rescue
 
 
 class Progress(Protocol):

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,18 @@ from llama4q.checkpoint import (
 from llama4q.config import ModelConfig, read_config
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
+from llama4q.hidden import Spool, Store
 from llama4q.model import DecoderLayer
+from llama4q.prefetch import prefetched
 from llama4q.recipe import Recipe, check_recipe, planned
-from llama4q.stream import (
-    LayerObserver,
-    advance,
-    advance_attended,
-    check_tokens,
-    embed,
-    prefetched,
-)
+from llama4q.stream import LayerObserver, check_tokens, embed
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
 
-from .layer import LayerQuantizer
+from .layer import LayerQuantizer, Part, part_count
 from .progress import Progress
 from .routing import views
+from .streams import Streams
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REST, EVIDENCE = "rest", "evidence"  # the units beside the layers
@@ -105,8 +101,17 @@ class Run:
         self.observer = observer
         self.writer = CheckpointWriter(job.destination, self._run_key())
         self.progress = progress
-        self.layer_units = [f"layer-{index:05d}" for index in range(self.config.num_layers)]
-        self.units = [*self.layer_units, REST, EVIDENCE]
+        self.units = [
+            *(unit for index in range(self.config.num_layers) for unit in self.layer_units(index)),
+            REST,
+            EVIDENCE,
+        ]
+
+    def layer_units(self, index: int) -> list[str]:
+        """The parts of a layer, and last what is to be said of it as a whole."""
+        name = f"layer-{index:05d}"
+        parts = [f"{name}.{part:02d}" for part in range(part_count(self.config, index))]
+        return [*parts, name]
 
     def execute(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
         if not self.writer.finishing(self.units):
@@ -148,62 +153,43 @@ class Run:
         self.progress.start(groups_in(self.config, self.job.recipe))
         self.router_views = views(original)
         embedding = original.embedding()
-        plain = embed(embedding, self.job.tokens)
-        served = list(plain)
-        self.observer.start(embedding)
+        spool = Spool()
+        plain = embed(embedding, self.job.tokens, spool)
+        streams = Streams(spool.copy(plain), plain)
+        self.observer.start(embedding, spool)
         del embedding
         indices = range(self.config.num_layers)
         for index, layer in zip(indices, prefetched(original.layer, indices), strict=True):
-            began = time.perf_counter()
-            unit = self.writer.done(self.layer_units[index])
-            if unit is not None:
-                self.progress.replayed(index, len(unit.memory["groups"]))
-                written = self._read_back(unit.files, index)
-                advance(self.config, layer, plain)
-                advance(self.config, written, served)
-            else:
-                written = self._new_layer(layer, plain, served, began)
-            self.observer.layer(layer, written)
+            self._layer(layer, streams)
+            self.observer.layer(layer, self._read_back(index))
         self._write_rest()
         if self.writer.done(EVIDENCE) is None:
             self.progress.phase("comparing the predictions of both models")
             head = original.head()  # not quantized, so it serves both
             self.writer.write(EVIDENCE, [], self.observer.finish(head, head))
 
-    def _new_layer(
-        self,
-        layer: DecoderLayer,
-        plain: list[torch.Tensor],
-        served: list[torch.Tensor],
-        began: float,
-    ) -> DecoderLayer:
-        """Solve and write a layer, move both streams through it, and return it as written."""
+    def _layer(self, layer: DecoderLayer, streams: Streams) -> None:
+        """Both streams through a layer, whose parts are found and written unless they are there."""
         index = layer.index
-        recipe = self.job.recipe
         quantizer = LayerQuantizer(
-            self.config, recipe, index, self.router_views, self.progress.group
+            self.config,
+            self.job.recipe,
+            layer,
+            self.router_views,
+            self.progress.group,
+            self.progress.rescue,
         )
-        result = quantizer.quantize(layer, served, plain)
-        for rescue in result.rescues:
-            self.progress.rescue(rescue)
-        tensors = [*self._kept(index), *result.tensors]
-        name = self.layer_units[index]
-        files = self.writer.write_files(name, tensors)
-        written = self._read_back(files, index)
-        advance_attended(self.config, layer, plain)
-        advance_attended(self.config, written, served)
-        memory = {
-            "layer": index,
-            "expert_tokens": result.expert_tokens,
-            "hidden_error": stream_error(plain, served),
-            "groups": [dataclasses.asdict(group) for group in result.groups],
-            "rescues": [dataclasses.asdict(rescue) for rescue in result.rescues],
-            "seconds": time.perf_counter() - began,
-        }
-        self.writer.record(name, files, memory)
-        return written
+        counts = quantizer.quantize(streams, LayerParts(self, index))
+        *_, whole = self.layer_units(index)
+        if self.writer.done(whole) is None:
+            memory = {
+                "layer": index,
+                "expert_tokens": counts,
+                "hidden_error": stream_error(streams.plain, streams.served),
+            }
+            self.writer.record(whole, {}, memory)
 
-    def _kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
+    def kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a layer (None: of no layer) that are copied bit for bit."""
         for name in kept_tensors(self.source, self.config, self.job.recipe):
             if layer_of(self.config, name) == index:
@@ -213,12 +199,28 @@ class Run:
 
     def _write_rest(self) -> None:
         if self.writer.done(REST) is None:
-            self.writer.write(REST, self._kept(None), {})
+            self.writer.write(REST, self.kept(None), {})
 
-    def _read_back(self, files: Iterable[str], index: int) -> DecoderLayer:
-        """The layer as written, so that a resumed run computes with the same numbers."""
-        reader = LayerReader(self.writer.read_back(files), self.config, self.job.dtype)
-        return reader.layer(index)
+    def _read_back(self, index: int) -> DecoderLayer:
+        """A layer as written, so that a resumed run computes with the same numbers."""
+        files = [
+            file for unit in self.layer_units(index) for file in self.writer.recorded(unit).files
+        ]
+        return self.reader_of(files).layer(index)
+
+    def reader_of(self, files: Iterable[str]) -> LayerReader:
+        """Reads what this run has written under these names."""
+        return LayerReader(self.writer.read_back(files), self.config, self.job.dtype)
+
+    def _layer_record(self, index: int) -> dict[str, Any]:
+        """What the report says of a layer: its record, and those of its parts joined."""
+        *parts, whole = (
+            dict(self.writer.recorded(unit).memory) for unit in self.layer_units(index)
+        )
+        joined = {
+            key: [one for part in parts for one in part[key]] for key in ("groups", "rescues")
+        }
+        return {**whole, **joined, "seconds": sum(part["seconds"] for part in parts)}
 
     def _finish(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Final names, verification, side files; the index, last of all, makes it a checkpoint."""
@@ -226,7 +228,7 @@ class Run:
         written, files = self.writer.assemble(self.units)
         verify_files(self.job.destination, files)
         checked = verify(written, self.source, self.config, self.job.recipe)
-        records = [dict(self.writer.recorded(unit).memory) for unit in self.layer_units]
+        records = [self._layer_record(index) for index in range(self.config.num_layers)]
         rescues = [rescue for record in records for rescue in record.pop("rescues")]
         seconds = sum(record.pop("seconds") for record in records)
         report = make_report(
@@ -250,6 +252,33 @@ class Run:
             },
         )
         return report
+
+
+class LayerParts:
+    """The parts of one layer of a run: written by an earlier one, or to be written."""
+
+    def __init__(self, run: Run, index: int) -> None:
+        self.run, self.index = run, index
+        *self.units, _ = run.layer_units(index)
+        self.began = time.perf_counter()
+
+    def written(self, number: int) -> LayerReader | None:
+        unit = self.run.writer.done(self.units[number])
+        if unit is None:
+            return None
+        self.run.progress.replayed(self.index, len(unit.memory["groups"]))
+        return self.run.reader_of(unit.files)
+
+    def write(self, number: int, part: Part) -> None:
+        """The part's tensors; those of the layer that stay as they are go with the first one."""
+        kept = self.run.kept(self.index) if number == 0 else ()
+        memory = {
+            "groups": [dataclasses.asdict(group) for group in part.groups],
+            "rescues": [dataclasses.asdict(rescue) for rescue in part.rescues],
+            "seconds": time.perf_counter() - self.began,
+        }
+        self.run.writer.write(self.units[number], [*kept, *part.tensors], memory)
+        self.began = time.perf_counter()
 
 
 def refuse_early(
@@ -291,7 +320,7 @@ def groups_in(config: ModelConfig, recipe: Recipe) -> int:
     )
 
 
-def stream_error(plain: Sequence[torch.Tensor], served: Sequence[torch.Tensor]) -> float:
+def stream_error(plain: Store, served: Store) -> float:
     """|x - y|^2 / |x|^2 over all hidden states: how far the written layers have drifted."""
     lost = total = 0.0
     for original, quantized in zip(plain, served, strict=True):

@@ -14,13 +14,14 @@ solved exactly; the residual in the target as in SchurQuant (2608.15567). Knows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .gptq import Factor, factorize
-from .hessian import ROWS_AT_ONCE, Hessian
+from .hessian import Hessian
+from .products import bf16_factors
 
 COLUMNS = 256  # outputs that alpha is estimated on
 HALVES = (0, 1)
@@ -44,7 +45,7 @@ class Pair:
     original: torch.Tensor  # [N, I] what the original fed it; the served row where none compares
     lacking: torch.Tensor | None  # [N, O] what the output should make up for besides
     part: torch.Tensor  # [N] int8, one of HALVES or HELD_OUT
-    weights: torch.Tensor | None = None  # [N] F32 with a mean of 1; None: all alike
+    weights: torch.Tensor | None = None  # [N] F32, in any unit; None: all alike
 
     def rows(self, which: torch.Tensor) -> Pair:
         """Some of the tokens, by index."""
@@ -56,47 +57,60 @@ class Pair:
             None if self.weights is None else self.weights[which],
         )
 
-    def batches(self, part: int | None = None) -> Iterator[Batch]:
-        """The tokens of one part, or all, ROWS_AT_ONCE at a time."""
-        if part is None:
-            which = torch.arange(len(self.part))
-        else:
-            which = torch.nonzero(self.part == part).squeeze(1)
-        for index in which.split(ROWS_AT_ONCE):
-            rows = self.rows(index)
-            root = 1.0 if rows.weights is None else rows.weights.sqrt()[:, None]
-            lacking = None if rows.lacking is None else rows.lacking.float() * root
-            yield Batch(rows.served.float() * root, rows.original.float() * root, lacking)
-
-    def seen(self) -> Iterator[torch.Tensor]:
-        """The served rows that moments are made of."""
-        for half in HALVES:
-            yield from (batch.served for batch in self.batches(half))
+    def batch(self) -> Batch:
+        """All of them, weighted."""
+        root = 1.0 if self.weights is None else self.weights.sqrt()[:, None]
+        lacking = None if self.lacking is None else self.lacking.float() * root
+        return Batch(self.served.float() * root, self.original.float() * root, lacking)
 
 
-@dataclass(frozen=True)
 class Moments:
-    """What one half of the sequences tells of a weight."""
+    """What one half of the sequences tells of a weight, added up piece by piece.
 
-    hessian: Hessian
-    cross: torch.Tensor  # B, [I, O]
+    B has the shape of the weight. Where nothing is lacking it is a product with the weight, of
+    which a few columns are enough for alpha, so the smaller E y^T (x - y) is kept instead.
+    """
 
-    @classmethod
-    def of(cls, weight: torch.Tensor, pair: Pair, half: int) -> Moments:
-        """One pass over the half's tokens; nothing of them is kept."""
-        inputs = len(weight)
-        square, moved = torch.zeros(inputs, inputs), torch.zeros(inputs, inputs)
-        cross = torch.zeros_like(weight)
-        tokens = 0
-        for batch in pair.batches(half):
-            square.addmm_(batch.served.T, batch.served)
-            moved.addmm_(batch.served.T, batch.original - batch.served)
-            if batch.lacking is not None:
-                cross.addmm_(batch.served.T, batch.lacking)
-            tokens += len(batch.served)
-        cross.addmm_(moved, weight)
-        count = max(1, tokens)
-        return cls(Hessian(square.div_(count), tokens), cross.div_(count))
+    def __init__(self, weight: torch.Tensor, lacking: bool, crossed: bool = True) -> None:
+        """`lacking`: tokens tell what the output should make up for. `crossed`: B is wanted."""
+        inputs, outputs = weight.shape
+        self.weight = weight
+        self.lacking = lacking
+        self.crossed = crossed
+        self.square = weight.new_zeros(inputs, inputs)
+        self.cross = weight.new_zeros(inputs, (outputs if lacking else inputs) if crossed else 0)
+        self.tokens = 0
+        self.total = 0.0  # of the tokens' weights
+
+    def add(self, pair: Pair) -> None:
+        """Some tokens of this half."""
+        batch = pair.batch()
+        with bf16_factors():
+            self.square.addmm_(batch.served.T, batch.served)
+            if self.crossed:
+                moved = batch.original - batch.served
+                if batch.lacking is not None:
+                    moved = batch.lacking.addmm(moved, self.weight)
+                self.cross.addmm_(batch.served.T, moved)
+        self.tokens += len(pair.part)
+        self.total += len(pair.part) if pair.weights is None else float(pair.weights.sum())
+
+    def to_means(self, unit: float) -> None:
+        """From sums to means over the tokens; `unit` is what a token weighs on average."""
+        divisor = max(1, self.tokens) * (unit or 1.0)
+        self.square.div_(divisor)
+        self.cross.div_(divisor)
+
+    @property
+    def hessian(self) -> Hessian:
+        return Hessian(self.square, self.tokens)
+
+    def wanted(self, columns: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """B `[I, O]`, or some of its columns."""
+        if self.lacking:
+            return self.cross[:, columns]
+        with bf16_factors():
+            return self.cross @ self.weight[:, columns]
 
 
 def corrected(
@@ -113,9 +127,15 @@ def corrected(
     alpha = _share(halves, factor.damping, blend)
     if not alpha:
         return weight, alpha
+    return weight + alpha * factor.divide(both(halves).wanted()), alpha
+
+
+def both(halves: tuple[Moments, Moments]) -> Moments:
+    """What all sequences tell; the halves' own cross moments are used up."""
     first, second = halves
-    share = second.hessian.tokens / (first.hessian.tokens + second.hessian.tokens)
-    return weight + alpha * factor.divide(torch.lerp(first.cross, second.cross, share)), alpha
+    share = second.tokens / max(1, first.tokens + second.tokens)
+    first.cross.lerp_(second.cross, share)
+    return first
 
 
 def _share(
@@ -125,18 +145,18 @@ def _share(
 
     None when a half has no rows or its Hessian does not factor: it can judge nothing then.
     """
-    outputs = halves[0].cross.shape[1]
+    outputs = halves[0].weight.shape[1]
     columns = torch.arange(0, outputs, max(1, outputs // COLUMNS))
-    crosses = [half.cross[:, columns] for half in halves]
+    crosses = [half.wanted(columns) for half in halves]
     steps = []
     for half, cross in zip(halves, crosses, strict=True):
         factor = factorize(blend(half.hessian).matrix, damping, act_order=False)
-        if half.hessian.tokens == 0 or factor is None:
+        if half.tokens == 0 or factor is None:
             return None
         steps.append(factor.divide(cross))
     gain = (steps[0] * crosses[1]).sum() + (steps[1] * crosses[0]).sum()
     cost = sum(
-        (step * (other.hessian.matrix @ step)).sum()
+        (step * (other.square @ step)).sum()
         for step, other in zip(steps, reversed(halves), strict=True)
     )
     return float((gain / cost).clamp(0, 1)) if cost > 0 else 0.0

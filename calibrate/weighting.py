@@ -6,9 +6,9 @@ row j of down, an error of up's by e silu(g_j) times the same row. So token t we
 
     w_t = sum_j |down_j|^2 [ (silu'(g_tj) u_tj)^2 + silu(g_tj)^2 ],
 
-scaled to a mean of 1: the average over outputs of the exact Gauss-Newton weights, which would be
-one Hessian for each output. The idea is GuidedQuant's (arXiv 2505.07004), without a backward pass:
-the gradient of the expert's own output instead of the model's loss. Knows nothing of codes.
+of which only ratios count: the average over outputs of the exact Gauss-Newton weights, which would
+be one Hessian for each output. The idea is GuidedQuant's (arXiv 2505.07004), without a backward
+pass: the gradient of the expert's own output instead of the model's loss. Knows nothing of codes.
 """
 
 from __future__ import annotations
@@ -17,28 +17,17 @@ import torch
 from torch.nn import functional
 
 from llama4q.model import Mlp
-from llama4q.stream import TOKENS_AT_ONCE
 
 
-def hidden_and_weights(mlp: Mlp, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What down sees of rows `[N, D]`, `[N, F]`, and the rows' weights, F32 `[N]`, in one pass."""
-    energy = mlp.down.weight.float().square().sum(dim=1)
-    hidden, weights = [], []
-    for part in rows.split(TOKENS_AT_ONCE):
-        gate_up = mlp.gate_up(part)
-        hidden.append(mlp.activated(gate_up))
-        weights.append(_unscaled(gate_up.float(), energy))
-    return torch.cat(hidden), _scaled(torch.cat(weights))
+def output_energy(mlp: Mlp) -> torch.Tensor:
+    """|down_j|^2 of each of the hidden outputs j, F32 `[F]`."""
+    return mlp.down.weight.float().square().sum(dim=1)
 
 
-def _unscaled(gate_up: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=1)
+def token_weights(gate_up: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """w_t of tokens with gate and up `[N, 2F]`, F32 `[N]`, up to a common factor."""
+    gate, up = gate_up.float().chunk(2, dim=1)
     sigmoid = torch.sigmoid(gate)
     of_gate = sigmoid * (1 + gate * (1 - sigmoid)) * up
     of_up = functional.silu(gate)
     return (of_gate.square() + of_up.square()) @ energy
-
-
-def _scaled(weights: torch.Tensor) -> torch.Tensor:
-    mean = weights.mean() if len(weights) else 0.0
-    return weights / mean if mean > 0 else torch.ones_like(weights)

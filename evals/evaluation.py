@@ -6,22 +6,22 @@ same windows of text and the same needle prompts. Knows nothing of how codes are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from llama4q.config import ModelConfig
 from llama4q.errors import UserError
+from llama4q.hidden import Spool, Store
 from llama4q.model import DecoderLayer, Head, Routing, logits
-from llama4q.stream import advance, embed, prefetched
+from llama4q.prefetch import prefetched
+from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
 
 from . import retrieval
 from .likelihood import Likelihood
 from .questions import Questions
-
-Batches = list[torch.Tensor]
 
 
 class Evaluation:
@@ -39,13 +39,11 @@ class Evaluation:
         self.questions = questions
         self.key = f"{questions.digest} {retrieval.digest(questions.prompts)}"
         self.routing: list[dict[str, Any]] = []
-        self.plain: Batches = []
-        self.served: Batches = []
 
-    def start(self, embedding: torch.Tensor) -> None:
+    def start(self, embedding: torch.Tensor, spool: Spool) -> None:
         inputs = [self.questions.windows, *retrieval.batches(self.questions.prompts)]
-        self.plain = embed(embedding, inputs)
-        self.served = list(self.plain)
+        self.plain = embed(embedding, inputs, spool)
+        self.served = spool.copy(self.plain)
 
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
         plain = advance(self.config, original, self.plain)
@@ -98,7 +96,7 @@ class Evaluation:
 class _Rows:
     """The sequences of all batches, one after the other, each `[T, D]`."""
 
-    def __init__(self, batches: Batches) -> None:
+    def __init__(self, batches: Store) -> None:
         self._rows = (row for batch in batches for row in batch)
 
     def __next__(self) -> torch.Tensor:
@@ -117,15 +115,11 @@ def _scores(config: ModelConfig, head: Head, hidden: torch.Tensor) -> torch.Tens
     return scores
 
 
-def _agreement(plain: Sequence[Routing | None], served: Sequence[Routing | None]) -> float | None:
+def _agreement(plain: Routing | None, served: Routing | None) -> float | None:
     """The share of tokens that both models send to the same expert; None in a dense layer."""
-    same = total = 0
-    for original, quantized in zip(plain, served, strict=True):
-        if original is None or quantized is None:
-            return None
-        same += int((original.expert == quantized.expert).sum())
-        total += len(original.expert)
-    return same / total
+    if plain is None or served is None:
+        return None
+    return float((plain.expert == served.expert).double().mean())
 
 
 @torch.inference_mode()
@@ -151,7 +145,7 @@ def compare(
             f"different sizes; compare a checkpoint with the one that it was made from"
         )
     evaluation = Evaluation(config, questions)
-    evaluation.start(original.embedding())
+    evaluation.start(original.embedding(), Spool())
 
     def both(index: int) -> tuple[DecoderLayer, DecoderLayer]:
         return original.layer(index), quantized.layer(index)

@@ -1,25 +1,33 @@
 """Tokens through a checkpoint, layer by layer, whatever its precision.
 
-One layer of weights is in use while a thread reads the next one. Hidden states are a list of
-batches `[S, T, D]`, so that prompts of several lengths travel together. Knows nothing of files,
-bits or what its callers measure.
+Hidden states travel in batches `[S, T, D]`, so that prompts of several lengths go together. A layer
+takes all of them through its attention, batch by batch, and then through its feed-forward, expert
+by expert, so that no more than one of its experts need be in memory. Knows nothing of files, bits
+or what its callers measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from .config import ModelConfig
 from .errors import UserError
-from .model import DecoderLayer, Head, Routing, decoder_layer, feed_forward
+from .hidden import Spool, Store, Where
+from .model import (
+    DecoderLayer,
+    Head,
+    Linear,
+    Mlp,
+    Routing,
+    attention,
+    feed_forward_input,
+    route,
+)
 
-Item = TypeVar("Item")
-
-TOKENS_AT_ONCE = 16384  # bounds the workspace of one forward call, not its result
+TOKENS_AT_ONCE = 8192  # bounds the workspace of one forward call, not its result
 
 
 class LayerObserver(Protocol):
@@ -27,7 +35,7 @@ class LayerObserver(Protocol):
 
     key: str  # what its findings depend on, beside the checkpoints
 
-    def start(self, embedding: torch.Tensor) -> None:
+    def start(self, embedding: torch.Tensor, spool: Spool) -> None:
         """Before the first layer; `embedding` is `[vocabulary, D]`."""
 
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
@@ -37,28 +45,23 @@ class LayerObserver(Protocol):
         """After the last layer; what was seen, in JSON types."""
 
 
-def prefetched(load: Callable[[int], Item], indices: Sequence[int]) -> Iterator[Item]:
-    """`load(index)` for each index in order, the next one being read while one is in use."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        coming = pool.submit(load, indices[0]) if indices else None
-        for position in range(len(indices)):
-            assert coming is not None
-            item = coming.result()
-            more = position + 1 < len(indices)
-            coming = pool.submit(load, indices[position + 1]) if more else None
-            yield item
-            del item  # the caller's reference is the last one: two layers in memory, not three
-
-
-def embed(embedding: torch.Tensor, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def embed(
+    embedding: torch.Tensor, batches: Sequence[torch.Tensor], spool: Spool | None = None
+) -> Store:
     """Token ids `[S, T]` -> hidden states `[S, T, D]`, split to TOKENS_AT_ONCE.
+
+    They lie in `spool`; without one, in memory.
 
     Raises UserError for a token that the vocabulary does not have.
     """
-    hidden = []
     for tokens in batches:
         check_tokens(embedding.shape[0], tokens)
-        hidden += [embedding[part] for part in split_rows(tokens)]
+    parts = [part for tokens in batches for part in split_rows(tokens)]
+    hidden = (spool or Spool()).store(
+        [(*part.shape, embedding.shape[1]) for part in parts], embedding.dtype
+    )
+    for number, part in enumerate(parts):
+        hidden[number] = embedding[part]
     return hidden
 
 
@@ -77,37 +80,107 @@ def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return parts
 
 
-def advance(
-    config: ModelConfig, layer: DecoderLayer, batches: list[torch.Tensor]
-) -> list[Routing | None]:
-    """Move all batches through one layer, in place of the list; the routing of each batch.
+def advance(config: ModelConfig, layer: DecoderLayer, hidden: Store) -> Routing | None:
+    """Move all tokens through one layer; where an expert layer sent them.
 
     Raises UserError when the activations stop being finite.
     """
-    return _moved(decoder_layer, config, layer, batches)
+    attend(hidden, (attention(config, layer, batch) for batch in hidden), layer.o)
+    passing = Passing(config, layer, hidden)
+    passing.advance()
+    return passing.routing
 
 
-def advance_attended(
-    config: ModelConfig, layer: DecoderLayer, batches: list[torch.Tensor]
-) -> list[Routing | None]:
-    """The same for batches that have passed the layer's attention already."""
-    return _moved(feed_forward, config, layer, batches)
+def attend(hidden: Store, mixed: Iterator[torch.Tensor], output: Linear) -> None:
+    """Add what the attention's output projection makes of `mixed`, `[S, T, H * head_dim]` each."""
+    for number, batch in enumerate(mixed):
+        hidden[number] = hidden[number] + output(batch)
 
 
-def _moved(
-    through: Callable[
-        [ModelConfig, DecoderLayer, torch.Tensor], tuple[torch.Tensor, Routing | None]
-    ],
-    config: ModelConfig,
-    layer: DecoderLayer,
-    batches: list[torch.Tensor],
-) -> list[Routing | None]:
-    routings = []
-    for number, hidden in enumerate(batches):
-        batches[number], routing = through(config, layer, hidden)
-        check_activations(layer.index, batches[number])
-        routings.append(routing)
-    return routings
+class Passing:
+    """Hidden states on their way through the feed-forward of one layer.
+
+    `hidden` is what enters, `added` what its parts have added so far; experts read the first while
+    the second grows. Whoever takes the same parts of the same pieces gets the same bits.
+    """
+
+    def __init__(self, config: ModelConfig, layer: DecoderLayer, hidden: Store) -> None:
+        self.config = config
+        self.layer = layer
+        self.hidden = hidden
+        self.dtype = layer.post_norm.dtype
+        self.added = hidden.spool.store(hidden.shapes, self.dtype)
+        self.routing = self._routed()
+
+    def _routed(self) -> Routing | None:
+        moe = self.layer.feed_forward
+        if isinstance(moe, Mlp):
+            return None
+        routed = [route(moe, self.inputs(piece)) for piece in self.everywhere()]
+        return Routing(
+            torch.cat([one.expert for one in routed]), torch.cat([one.score for one in routed])
+        )
+
+    def everywhere(self) -> list[Where]:
+        """All tokens, in pieces of at most TOKENS_AT_ONCE."""
+        return [
+            slice(start, min(start + TOKENS_AT_ONCE, batch.stop))
+            for batch in self.hidden.slices()
+            for start in range(batch.start, batch.stop, TOKENS_AT_ONCE)
+        ]
+
+    def reaching(self, expert: int) -> list[Where]:
+        """The tokens that are routed to an expert, in such pieces."""
+        assert self.routing is not None
+        return pieces(self.routing.rows(expert))
+
+    def inputs(self, where: Where) -> torch.Tensor:
+        """What router, shared expert and dense feed-forward see of some tokens, `[n, D]`."""
+        return feed_forward_input(self.config, self.layer, self.hidden.rows(where))
+
+    def scaled(self, where: Where) -> torch.Tensor:
+        """What their expert sees of them."""
+        assert self.routing is not None
+        return self.inputs(where) * self.routing.score[where]
+
+    def advance(self) -> None:
+        """Through the whole feed-forward."""
+        network = self.layer.feed_forward
+        if isinstance(network, Mlp):
+            self.through(network)
+        else:
+            self.through(network.shared)
+            for number, expert in enumerate(network.experts):
+                self.through(expert, number)
+        self.finish()
+
+    def through(self, mlp: Mlp, expert: int | None = None) -> None:
+        """Through a part that all tokens take, or those that are routed to `expert`."""
+        if expert is None:
+            for piece in self.everywhere():
+                self.add(piece, mlp(self.inputs(piece)), first=True)
+        else:
+            for piece in self.reaching(expert):
+                self.add(piece, mlp(self.scaled(piece)))
+
+    def add(self, where: Where, values: torch.Tensor, first: bool = False) -> None:
+        """What a part makes of some tokens; `first` for the part that all tokens take."""
+        if first:
+            self.added.put(where, values)
+        else:
+            self.added.add(where, values)
+
+    def finish(self) -> None:
+        """Hidden states behind the layer; raises UserError when they are not finite."""
+        for number in range(len(self.hidden)):
+            moved = self.hidden[number] + self.added[number]
+            check_activations(self.layer.index, moved)
+            self.hidden[number] = moved
+
+
+def pieces(rows: torch.Tensor) -> list[Where]:
+    """Row numbers `[N]`, TOKENS_AT_ONCE at a time; none when there are none."""
+    return [piece for piece in rows.split(TOKENS_AT_ONCE) if len(piece)]
 
 
 def check_activations(index: int, hidden: torch.Tensor) -> None:

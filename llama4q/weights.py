@@ -7,9 +7,10 @@ Every floating-point tensor is checked to be finite. Knows nothing of calibratio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import overload
 
 import torch
 
@@ -19,6 +20,7 @@ from .config import ModelConfig
 from .errors import UserError
 from .model import DecoderLayer, Head, Linear, Mlp, Moe
 from .packing import is_quantized, unpack
+from .prefetch import prefetched
 from .schemes import Kind, Scheme, fake_float8_tokens
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -53,10 +55,9 @@ class LayerReader:
         prefix = f"{self.config.layer_prefix(index)}feed_forward"
         if index not in self.config.moe_layers:
             return self.mlp(prefix, self.config.dense_size)
-        count = self.config.num_experts
         return Moe(
             router=self.router(index)[1],
-            experts=tuple(self.expert(index, number) for number in range(count)),
+            experts=Experts(self, index),
             shared=self.mlp(f"{prefix}.shared_expert", self.config.expert_size),
         )
 
@@ -146,6 +147,33 @@ class LayerReader:
         return tensor.to(self.dtype)
 
 
+class Experts(Sequence[Mlp]):
+    """The routed experts of a layer, each read when it is asked for; there may be 32 GB of them.
+
+    Whoever goes through them finds the next one read already.
+    """
+
+    def __init__(self, reader: LayerReader, layer: int) -> None:
+        self.reader, self.layer = reader, layer
+
+    def __len__(self) -> int:
+        return self.reader.config.num_experts
+
+    @overload
+    def __getitem__(self, number: int) -> Mlp: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Mlp]: ...
+    def __getitem__(self, number: int | slice) -> Mlp | Sequence[Mlp]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self.reader.expert(self.layer, number)
+
+    def __iter__(self) -> Iterator[Mlp]:
+        return prefetched(self.__getitem__, range(len(self)))
+
+
 def served_inputs(scheme: Scheme) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What an engine makes of the inputs of a linear of this scheme; None when it takes them as
     they are."""
@@ -184,7 +212,10 @@ def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> None:
     reader.embedding()
     reader.head()
     for index in range(config.num_layers):
-        reader.layer(index)
+        network = reader.layer(index).feed_forward
+        if isinstance(network, Moe):
+            for number in range(len(network.experts)):
+                network.experts[number]
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:

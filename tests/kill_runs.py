@@ -73,7 +73,7 @@ def progress(folder: Path) -> int:
         return FINISHED
     if any(folder.glob("model-*-of-*.safetensors")):
         return LAST_STEPS
-    return len(list((folder / WORK).glob("layer-*.json")))
+    return len(list((folder / WORK).glob("layer-?????.json")))
 
 
 def fork(work: Callable[[], object], log: Path) -> int:

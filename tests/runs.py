@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from calibrate.layer import GroupReport, Rescue
+from calibrate.codes import GroupReport, Rescue
 from calibrate.run import Job, Outcome, quantize
 from evals.evaluation import Evaluation
 from evals.needle import NeedlePrompt
@@ -28,7 +28,7 @@ class Quiet:
     def __init__(self) -> None:
         self.groups: list[GroupReport] = []
         self.rescues: list[Rescue] = []
-        self.layers_replayed: list[int] = []
+        self.replayed_groups = 0
         self.phases: list[str] = []
         self.total = 0
 
@@ -42,7 +42,7 @@ class Quiet:
         self.rescues.append(rescue)
 
     def replayed(self, index: int, groups: int) -> None:
-        self.layers_replayed.append(index)
+        self.replayed_groups += groups
 
     def phase(self, what: str) -> None:
         self.phases.append(what)

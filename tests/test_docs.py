@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from calibrate.layer import Rescue
+from calibrate.codes import Rescue
 from calibrate.run import predicted_bytes
 from cli import main
 from evals.gate import DEFAULT_THRESHOLDS

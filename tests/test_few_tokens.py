@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from calibrate.data import calibration_tokens
-from calibrate.layer import LayerQuantizer
+from calibrate.layer import LayerQuantizer, Part
 from calibrate.routing import views
+from calibrate.streams import Streams
 from evals.likelihood import Likelihood
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import ModelConfig, read_config
+from llama4q.hidden import Spool
 from llama4q.hub import resolve
 from llama4q.model import (
     DecoderLayer,
@@ -76,20 +78,41 @@ def scene() -> Scene:
     return Scene(source, config, reader, silent, states, expert)
 
 
+class Collected:
+    """Parts of a layer that nobody has written before, kept in memory."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def written(self, number: int) -> None:
+        return None
+
+    def write(self, number: int, part: Part) -> None:
+        self.tensors |= part.tensors
+
+
+def ignore(_: object) -> None:
+    return None
+
+
 def quantized(scene: Scene, tokens: int, method: Method, folder: Path) -> Checkpoint:
     """The layer, quantized when each STARVED expert sees `tokens` of its tokens."""
     keep = torch.ones_like(scene.expert, dtype=torch.bool)
     for number in STARVED:
         keep[torch.nonzero(scene.expert == number).squeeze(1)[tokens:]] = False
-    states = [scene.hidden[keep][:, None]]  # sequences of one token each
+    batch = scene.hidden[keep][:, None]  # sequences of one token each
     recipe = dataclasses.replace(load_recipe("int4"), solver=Solver(method=method))
     with torch.inference_mode():
         seen = views(scene.reader)
-        quantizer = LayerQuantizer(scene.config, recipe, LAYER, seen, lambda report: None)
-        result = quantizer.quantize(scene.layer, states, list(states))
-    assert [result.expert_tokens[number] for number in STARVED] == [tokens] * len(STARVED)
+        quantizer = LayerQuantizer(scene.config, recipe, scene.layer, seen, ignore, ignore)
+        spool, parts = Spool(), Collected()
+        stores = [spool.store([batch.shape], batch.dtype) for _ in range(2)]
+        for store in stores:
+            store[0] = batch
+        counts = quantizer.quantize(Streams(*stores), parts)
+    assert [counts[number] for number in STARVED] == [tokens] * len(STARVED)
     folder.mkdir()
-    tensors = dict(result.tensors)
+    tensors = parts.tensors
     save_file(tensors, str(folder / "layer.safetensors"))
     where = {"weight_map": dict.fromkeys(tensors, "layer.safetensors")}
     (folder / INDEX).write_text(json.dumps(where))

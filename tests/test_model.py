@@ -10,7 +10,8 @@ import torch
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.model import logits
-from llama4q.stream import advance, embed, prefetched
+from llama4q.prefetch import prefetched
+from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
 
 from . import tiny

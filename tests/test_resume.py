@@ -13,13 +13,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from calibrate.layer import GroupReport
+from calibrate.codes import GroupReport
 from llama4q.checkpoint import INDEX, WORK, Checkpoint
 from llama4q.errors import UserError
 from llama4q.recipe import Recipe, load_recipe
@@ -38,7 +39,8 @@ from .kill_runs import (
 
 ROOT = Path(__file__).parent.parent
 SMALL = tiny.Variant(layers=3, experts=2, rope_scaling=tiny.SCOUT_ROPE)
-GROUPS = 6  # in each of SMALL's layers
+PARTS = (2, 4)  # groups in each part of SMALL's layers
+GROUPS = sum(PARTS)
 
 
 class Stopped(BaseException):
@@ -145,15 +147,16 @@ def test_killed_again_and_again(killed: dict[str, Any]) -> None:
     assert chain[-1]["differences"] == []
 
 
-@pytest.mark.parametrize("groups", [1, GROUPS, GROUPS + 1, 2 * GROUPS + 3])
-def test_layers_already_written_are_not_solved_again(
+@pytest.mark.parametrize("groups", [1, 3, GROUPS, GROUPS + 1, 2 * GROUPS + 3])
+def test_parts_already_written_are_not_solved_again(
     groups: int, source: Path, reference: Path, tmp_path: Path
 ) -> None:
     folder = stopped(source, tmp_path / "out", groups)
     progress = resumed(source, folder, reference)
-    written = (groups - 1) // GROUPS
-    assert progress.layers_replayed == list(range(written))
-    assert len(progress.groups) == (SMALL.layers - written) * GROUPS
+    ends = accumulate(PARTS * SMALL.layers)
+    written = max((end for end in ends if end < groups), default=0)
+    assert progress.replayed_groups == written
+    assert len(progress.groups) == SMALL.layers * GROUPS - written
 
 
 def test_finishing_needs_no_layer(source: Path, reference: Path, tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_finishing_needs_no_layer(source: Path, reference: Path, tmp_path: Path)
     progress = resumed(source, folder, reference)
     assert progress.total == 0
     assert not progress.groups
-    assert not progress.layers_replayed
+    assert not progress.replayed_groups
 
 
 def without_publishing(source: Path, folder: Path) -> Path:
@@ -175,36 +178,36 @@ def without_publishing(source: Path, folder: Path) -> Path:
         patch.setattr("llama4q.checkpoint.CheckpointWriter.publish", stop)
         with pytest.raises(Stopped):
             runs.run(source, folder)
-    assert len(list(folder.glob("model-*-of-*.safetensors"))) == SMALL.layers + 1
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) == SMALL.layers * len(PARTS) + 1
     with pytest.raises(UserError, match=r"neither .* here"):
         Checkpoint(folder)
     return folder
 
 
 @pytest.mark.parametrize("at", [0, 100, -1])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_damaged_layer_is_noticed_and_done_again(
-    layer: int, at: int, source: Path, reference: Path, tmp_path: Path
+@pytest.mark.parametrize(("layer", "part"), [(0, 0), (0, 1), (1, 1)])
+def test_a_damaged_part_is_noticed_and_done_again(
+    layer: int, part: int, at: int, source: Path, reference: Path, tmp_path: Path
 ) -> None:
     folder = stopped(source, tmp_path / "out", 2 * GROUPS + 1)
-    flip_byte(folder / WORK / f"layer-{layer:05d}.000.safetensors", at)
-    assert resumed(source, folder, reference).layers_replayed == [1 - layer]
+    flip_byte(folder / WORK / f"layer-{layer:05d}.{part:02d}.000.safetensors", at)
+    assert resumed(source, folder, reference).replayed_groups == 2 * GROUPS - PARTS[part]
 
 
-def test_a_truncated_and_a_missing_layer_are_done_again(
+def test_a_truncated_and_a_missing_part_are_done_again(
     source: Path, reference: Path, tmp_path: Path
 ) -> None:
     folder = stopped(source, tmp_path / "out", 2 * GROUPS + 1)
-    part = folder / WORK / "layer-00000.000.safetensors"
+    part = folder / WORK / "layer-00000.00.000.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
-    (folder / WORK / "layer-00001.000.safetensors").unlink()
-    assert resumed(source, folder, reference).layers_replayed == []
+    (folder / WORK / "layer-00001.01.000.safetensors").unlink()
+    assert resumed(source, folder, reference).replayed_groups == GROUPS
 
 
 def test_a_shard_damaged_while_finishing_is_refused(source: Path, tmp_path: Path) -> None:
     folder = without_publishing(source, tmp_path / "out")
-    flip_byte(folder / "model-00002-of-00004.safetensors", -1)
-    with pytest.raises(UserError, match=r"model-00002-of-00004.safetensors changed after it was"):
+    flip_byte(folder / "model-00002-of-00007.safetensors", -1)
+    with pytest.raises(UserError, match=r"model-00002-of-00007.safetensors changed after it was"):
         runs.run(source, folder)
     assert not (folder / INDEX).exists()
 
@@ -239,7 +242,7 @@ def test_other_settings_are_refused_by_name(
     folder = stopped(source, tmp_path / "out", GROUPS + 1)
     with pytest.raises(UserError, match=rf"an unfinished run with another {named}"):
         runs.run(source, folder, **change(source))
-    assert resumed(source, folder, reference).layers_replayed == [0]
+    assert resumed(source, folder, reference).replayed_groups == GROUPS
 
 
 def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:

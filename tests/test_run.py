@@ -135,10 +135,11 @@ def test_a_hessian_that_never_factors_falls_back_and_says_so(
 ) -> None:
     source = tiny.write(tmp_path / "source", SMALL)
 
-    def indefinite(batches: Any, inputs: int) -> Hessian:
+    def indefinite(first: Hessian, second: Hessian) -> Hessian:
+        inputs = len(first.matrix)
         return Hessian(torch.diag(torch.tensor([100.0, -99.0] * (inputs // 2))), 10**6)
 
-    monkeypatch.setattr("calibrate.layer.measure", indefinite)
+    monkeypatch.setattr("calibrate.codes.joined", indefinite)
     unaided = with_solver(shrinkage=False, correction=False)
     report = runs.run(source, tmp_path / "out", unaided)
     assert {rescue["kind"] for rescue in report["rescues"]} == {"fallback"}
@@ -201,7 +202,7 @@ def test_codes_worse_than_rounding_are_not_kept(
         found = round_to_nearest(weight, scheme)
         return dataclasses.replace(found, codes=found.codes.flip(0).contiguous())
 
-    monkeypatch.setattr("calibrate.layer.solve", ruined)
+    monkeypatch.setattr("calibrate.codes.solve", ruined)
     report = runs.run(source, tmp_path / "out", with_solver())
     monkeypatch.undo()
     groups = [group for record in report["layers"] for group in record["groups"]]

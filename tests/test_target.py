@@ -31,10 +31,17 @@ def streams(
     return weight, Pair(served, original, lacking, part)
 
 
+def moments(weight: torch.Tensor, pair: Pair, half: int) -> Moments:
+    found = Moments(weight, lacking=pair.lacking is not None)
+    found.add(pair.rows(torch.nonzero(pair.part == half).squeeze(1)))
+    found.to_means(found.total / max(1, found.tokens))
+    return found
+
+
 def target(weight: torch.Tensor, pair: Pair, damping: float) -> tuple[torch.Tensor, float | None]:
     factor = factorize(measure([pair.served], INPUTS).matrix, damping, act_order=True)
     assert factor is not None
-    first, second = (Moments.of(weight, pair, half) for half in HALVES)
+    first, second = (moments(weight, pair, half) for half in HALVES)
     return corrected(weight, (first, second), factor, untouched)
 
 
@@ -108,8 +115,8 @@ def test_held_out_tokens_are_in_no_moment() -> None:
     kept = torch.nonzero(part != HELD_OUT).squeeze(1)
     marked = Pair(pair.served, pair.original, pair.lacking, part)
     for half in HALVES:
-        with_others = Moments.of(weight, marked, half)
-        alone = Moments.of(weight, pair.rows(kept), half)
+        with_others = moments(weight, marked, half)
+        alone = moments(weight, pair.rows(kept), half)
         assert with_others.hessian.tokens == alone.hessian.tokens == int((part == half).sum())
         torch.testing.assert_close(with_others.hessian.matrix, alone.hessian.matrix)
         torch.testing.assert_close(with_others.cross, alone.cross)
@@ -122,9 +129,9 @@ def test_weights_against_repeated_tokens() -> None:
     weighted = Pair(pair.served, pair.original, pair.lacking, pair.part, times.float())
     repeated = pair.rows(torch.arange(300).repeat_interleave(times))
     for half in HALVES:
-        ours, theirs = Moments.of(weight, weighted, half), Moments.of(weight, repeated, half)
-        ratio = theirs.hessian.tokens / ours.hessian.tokens
-        torch.testing.assert_close(
-            ours.hessian.matrix, theirs.hessian.matrix * ratio, rtol=1e-4, atol=1e-4
-        )
-        torch.testing.assert_close(ours.cross, theirs.cross * ratio, rtol=1e-4, atol=1e-4)
+        ours, theirs = moments(weight, weighted, half), moments(weight, repeated, half)
+        for found, wanted in (
+            (ours.hessian.matrix, theirs.hessian.matrix),
+            (ours.cross, theirs.cross),
+        ):
+            assert (found - wanted).norm() < 5e-3 * wanted.norm()  # roots round to BF16

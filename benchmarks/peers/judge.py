@@ -21,7 +21,7 @@ from llama4q.model import Head, Routing, logits
 from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
 
-Routings = list[list[Routing | None]]
+Routings = list[Routing | None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Seen:
     """A model's last hidden states on one set of questions, and where it routed each token."""
 
     hidden: list[torch.Tensor]  # of each window and prompt, [T, D]
-    routings: Routings  # by layer, by batch
+    routings: Routings  # by layer
     head: Head
     config: ModelConfig
 
@@ -90,12 +90,11 @@ def _found(seen: Seen, questions: Questions, number: int) -> bool:
 
 def _routing(original: Routings, contestant: Routings) -> float | None:
     """The share of tokens that keep their expert, in the layer where fewest do."""
-    shares = []
-    for plain, served in zip(original, contestant, strict=True):
-        pairs = [(a, b) for a, b in zip(plain, served, strict=True) if a and b]
-        same = sum(int((a.expert == b.expert).sum()) for a, b in pairs)
-        if pairs:
-            shares.append(same / sum(len(a.expert) for a, _ in pairs))
+    shares = [
+        float((plain.expert == served.expert).double().mean())
+        for plain, served in zip(original, contestant, strict=True)
+        if plain is not None and served is not None
+    ]
     return min(shares, default=None)
 
 
