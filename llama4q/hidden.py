@@ -134,6 +134,9 @@ class InFile:
         self.width, self.dtype = width, dtype
         self.row_bytes = width * dtype.itemsize
 
+    def __del__(self) -> None:
+        self.file.close()
+
     def read(self, where: Where) -> torch.Tensor:
         runs = _runs(where)
         found = torch.empty(sum(len(run) for run in runs), self.width, dtype=self.dtype)
@@ -173,8 +176,8 @@ def _runs(where: Where) -> list[range]:
 
 
 def _raw(values: torch.Tensor) -> memoryview:
-    bytes_of: Any = values.view(torch.uint8).numpy()
-    return memoryview(bytes_of).cast("B")
+    flat: Any = values.flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _fill(file: Any, raw: memoryview) -> None:
