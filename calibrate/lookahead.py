@@ -4,7 +4,10 @@ GPTQ takes the nearest code, row by row, and never looks back. Here each output 
 cheapest sequences of codes so far, and each of them tries its two nearest codes for the next row.
 A sequence costs what it adds to the loss, sum_j D_j eps_j^2, exactly. The cheapest one of a block
 is kept; one beam is GPTQ. This is the K-best search of lattice decoding (Schnorr and Euchner 1994)
-on the lattice in which GPTQ is Babai's nearest plane (arXiv 2507.18553). Knows nothing of models.
+on the lattice in which GPTQ is Babai's nearest plane (arXiv 2507.18553).
+
+`solve_block` hands over to the same search in C (kernel.c) where that could be compiled. Both take
+the same codes but where two sequences cost the same to five digits. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from llama4q.schemes import Scheme
+
+from .kernel import kernel, name_mask
 
 STRIP = 16  # rows between two large products
 OUTPUTS_AT_ONCE = 2048  # independent of each other; so many stay in the cache
@@ -34,6 +39,10 @@ class Rows:
 
 def solve_block(wanted: torch.Tensor, rows: Rows, scheme: Scheme, beams: int) -> torch.Tensor:
     """Values of the codes `[B, O]`; `wanted [B, O]` is the target and what rows behind ask for."""
+    compiled = kernel(scheme, beams, wanted.device)
+    if compiled is not None:
+        parts = (wanted, rows.target, rows.steps, rows.importance, rows.correction)
+        return compiled.solve_block(*(part.contiguous() for part in parts))
     codes = torch.empty_like(wanted)
     for start in range(0, wanted.shape[1], OUTPUTS_AT_ONCE):
         part = slice(start, start + OUTPUTS_AT_ONCE)
@@ -76,7 +85,7 @@ def _strip(
     for row in range(start + ahead.shape[1] - 1, start - 1, -1):
         step = rows.steps[row]
         codes, parent, cost = _branch(
-            ahead[:, -1] / step, step, rows.importance[row], cost, scheme, beams
+            ahead[:, -1] * step.reciprocal(), step, rows.importance[row], cost, scheme, beams
         )
         taken.append((codes, parent))
         ahead = _pick(ahead[:, :-1], parent)
@@ -107,12 +116,17 @@ def _branch(
     added = [importance * ((exact - codes) * step).square()]
     added.append(importance * ((exact - second) * step).square())
     added[1].masked_fill_(second == codes, torch.inf)
-    costs = torch.cat((cost + added[0], cost + added[1]))
+    name = name_mask(beams)
+    keys = torch.cat((_named(cost + added[0], 0, name), _named(cost + added[1], 1, name)))
     codes = torch.cat((codes, second))
-    if 2 * count <= beams:
-        return codes, _numbers(2 * count, outputs) % count, costs
-    costs, which = costs.topk(beams, dim=0, largest=False, sorted=False)
-    return codes.gather(0, which), which % count, costs
+    keys, which = keys.topk(min(beams, 2 * count), dim=0, largest=False, sorted=False)
+    return codes.gather(0, which), which % count, (keys & ~name).view(torch.float32)
+
+
+def _named(costs: torch.Tensor, code: int, name: int) -> torch.Tensor:
+    """The bits of costs, which sort as costs do, the last ones replaced by a candidate's number."""
+    numbers = 2 * torch.arange(len(costs), dtype=torch.int32) + code
+    return (costs.view(torch.int32) & ~name) | numbers[:, None]
 
 
 def _numbers(count: int, outputs: int) -> torch.Tensor:

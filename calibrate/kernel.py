@@ -1,0 +1,187 @@
+"""The inner loops of the solver in C, compiled where they are first needed.
+
+PyTorch does the same work (lookahead.py, gptq.py) one operation at a time, over and over through
+memory: 10 times slower with 8 beams. It is what runs where there is no C compiler, to the same
+codes but for sums that round differently; `description` says which of the two it is. A compiled
+kernel is kept in the user's cache, by everything that its bytes depend on. Knows no models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from llama4q.schemes import FLOAT8_MAX, Kind, Scheme
+
+SOURCE = Path(__file__).with_name("kernel.c")
+OPTIONS = ("-O3", "-march=native", "-shared", "-fPIC")
+WIDE = "-mprefer-vector-width=512"  # else compilers halve the vectors of AVX-512
+MOST_BEAMS = 16  # beyond them a kernel takes long to compile and its beams leave the cache
+MOST_ROWS = 128
+LANES = 16  # outputs at a time
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The loops for one grid and number of beams. All tensors are F32 and contiguous."""
+
+    library: ctypes.CDLL
+    least: float
+    most: float
+
+    def solve_block(
+        self,
+        wanted: torch.Tensor,
+        target: torch.Tensor,
+        steps: torch.Tensor,
+        importance: torch.Tensor,
+        correction: torch.Tensor,
+    ) -> torch.Tensor:
+        """lookahead.solve_block for `[B, O]`, B at most MOST_ROWS."""
+        assert len(wanted) <= MOST_ROWS
+        codes = torch.empty_like(wanted)
+        tensors = (wanted, target, steps, importance, correction, codes)
+        self._in_parts(self.library.solve_block, tensors, wanted.shape)
+        return codes
+
+    def scale_errors(
+        self, weight: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """gptq.scale_errors: `[points, O]` for the `[group, O]` of one group."""
+        errors = torch.zeros_like(scales)
+        sizes = (*weight.shape, len(scales))
+        self._in_parts(self.library.scale_errors, (weight, importance, scales, errors), sizes)
+        return errors
+
+    def _in_parts(
+        self, work: Callable[..., None], tensors: tuple[torch.Tensor, ...], sizes: tuple[int, ...]
+    ) -> None:
+        """Some outputs in each thread: ctypes lets go of the interpreter."""
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        numbers = [ctypes.c_long(size) for size in sizes]
+        grid = (ctypes.c_float(self.least), ctypes.c_float(self.most))
+
+        def run(part: range) -> None:
+            work(*pointers, *numbers, ctypes.c_long(part.start), ctypes.c_long(part.stop), *grid)
+
+        parts = _parts(sizes[1], torch.get_num_threads())
+        if len(parts) == 1:
+            run(parts[0])
+            return
+        with ThreadPoolExecutor(len(parts)) as threads:
+            list(threads.map(run, parts))
+
+
+def _parts(outputs: int, count: int) -> list[range]:
+    """All outputs in at most `count` parts of whole lanes."""
+    width = -(-outputs // (count * LANES)) * LANES
+    return [range(start, min(start + width, outputs)) for start in range(0, outputs, width)]
+
+
+def kernel(scheme: Scheme, beams: int, device: torch.device) -> Kernel | None:
+    """None where PyTorch has to do the work: on other devices, with many beams, uncompiled."""
+    if beams > MOST_BEAMS or device.type != "cpu":
+        return None
+    float8 = scheme.kind is Kind.FLOAT8
+    library = _library(_compiler(), beams, float8)
+    if not isinstance(library, ctypes.CDLL):
+        return None
+    bounds = (-FLOAT8_MAX, FLOAT8_MAX) if float8 else (scheme.code_min, scheme.code_max)
+    return Kernel(library, *bounds)
+
+
+def description() -> str:
+    """What runs the inner loops on this machine, for a report."""
+    library = _library(_compiler(), 1, False)
+    if isinstance(library, str):
+        return f"PyTorch, as the C kernel could not be had: {library}"
+    return "C kernel"
+
+
+def name_mask(beams: int) -> int:
+    """The last bits of a cost, where a candidate's number goes: there are two for each beam."""
+    return (1 << (2 * beams - 1).bit_length()) - 1
+
+
+def _compiler() -> str:
+    return os.environ.get("CC") or "cc"
+
+
+@cache
+def _library(compiler: str, beams: int, float8: bool) -> ctypes.CDLL | str:
+    """Compiled, or why not in one line."""
+    try:
+        return ctypes.CDLL(str(compiled([*shlex.split(compiler), *defines(beams, float8)])))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        return f"{compiler}: {lines[0]}"
+    except OSError as error:
+        return str(error)
+
+
+def defines(beams: int, float8: bool) -> list[str]:
+    """What kernel.c is compiled for."""
+    values = {
+        "BEAMS": beams,
+        "NAME": name_mask(beams),
+        "FLOAT8": int(float8),
+        "MOST_ROWS": MOST_ROWS,
+        "LANES": LANES,
+        "SORT": _network(beams),
+    }
+    return [f"-D{name}={value}" for name, value in values.items()]
+
+
+def compiled(command: list[str]) -> Path:
+    """The shared library that a compiler and its defines make of kernel.c."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    command = [*command, *OPTIONS, *([WIDE] if x86 else [])]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llama4q"
+    # The macros hold the compiler's version and every instruction set that the processor has.
+    macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
+    key = hashlib.sha256("\0".join((*command, macros, SOURCE.read_text())).encode())
+    file = folder / f"kernel-{key.hexdigest()[:32]}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # another process may be at it, too
+            made = Path(own) / file.name
+            _run([*command, str(SOURCE), "-o", str(made), "-lm"])
+            made.replace(file)
+    return file
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _network(count: int) -> str:
+    """Exchanges that sort `count` keys, as calls: merge exchange, Knuth 5.2.2 algorithm M."""
+    top = 1 << max(0, (count - 1).bit_length() - 1)
+    calls = []
+    gap = top
+    while gap and count > 1:
+        half, rest, distance = top, 0, gap
+        while True:
+            calls += [
+                f"EXCHANGE({low},{low + distance})"
+                for low in range(count - distance)
+                if low & gap == rest
+            ]
+            if half == gap:
+                break
+            distance, half, rest = half - gap, half // 2, gap
+        gap //= 2
+    return " ".join(calls)
