@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama4q import checkpoint
-from llama4q.checkpoint import INDEX, SINGLE, WORK, Checkpoint, CheckpointWriter
+from llama4q.checkpoint import INDEX, SINGLE, Checkpoint
 from llama4q.errors import UserError
+from llama4q.writer import WORK, CheckpointWriter
 
 ROOT = Path(__file__).parent.parent
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -227,7 +227,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_shards_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 100)
+    monkeypatch.setattr("llama4q.writer.MAX_SHARD_BYTES", 100)
     sizes = {"a": 40, "b": 60, "c": 1, "d": 400, "e": 40, "f": 60}
     made = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
     write_all(CheckpointWriter(tmp_path / "out", KEY), {"one": made, "two": {"g": torch.ones(1)}})
@@ -255,7 +255,7 @@ def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if after.parent == out:
             appeared.append(after.name)
 
-    monkeypatch.setattr("llama4q.checkpoint.os.replace", recorded)
+    monkeypatch.setattr("llama4q.writer.os.replace", recorded)
     write_all(CheckpointWriter(out, KEY), UNITS)
     assert appeared[-2:] == ["config.json", INDEX]
     assert set(appeared) == {path.name for path in out.iterdir()}
