@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
+from .stopping import stop_if_asked
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PIECE = 16 * 2**20  # bytes read between two looks at whether to stop
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,20 +37,42 @@ class TensorInfo:
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int  # its first byte in the shard
 
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
+@dataclass(frozen=True)
+class State:
+    """What tells that a file is still the same."""
+
+    size: int
+    modified: int  # nanoseconds since 1970
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes of {datetime.fromtimestamp(self.modified / 1e9)}"
+
+
 class Checkpoint:
     """Tensors by name from the safetensors files of one folder; opening reads headers only."""
 
+    infos: dict[str, TensorInfo]
+
     def __init__(self, folder: Path) -> None:
         """Raises UserError when the index or a shard is missing, truncated or out of the folder."""
+        index = _read_index(folder)
+        self._open(folder, [SINGLE] if index is None else sorted(set(index.values())))
+        if index is not None:
+            self.infos = _indexed(self.infos, index, folder)
+
+    def _open(self, folder: Path, shards: Sequence[str]) -> None:
         self.folder = folder
-        self.infos = _read_infos(folder, _read_index(folder))
-        self._open: tuple[str, Any] | None = None
+        self.states = {shard: _opened_state(folder / shard) for shard in shards}
+        self.infos = {}
+        for shard in shards:
+            self.infos |= _shard_infos(folder, shard)
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos
@@ -66,23 +91,39 @@ class Checkpoint:
 
     def get(self, name: str) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
-        shard = self.info(name).shard
-        with _named_errors(self.folder / shard, name):
-            tensor: torch.Tensor = self._shard(shard).get_tensor(name)
-            return tensor.clone()
+        info = self.info(name)
+        return self._read(name, info.start, info.shape)
 
     def get_row(self, name: str, row: int) -> torch.Tensor:
         """Entry `row` of the first dimension (one expert of a fused tensor), the rest unread."""
-        shard = self.info(name).shard
-        with _named_errors(self.folder / shard, name):
-            tensor: torch.Tensor = self._shard(shard).get_slice(name)[row]
-            return tensor.clone()
+        info = self.info(name)
+        rows = info.shape[0]
+        skipped = range(rows)[row]  # IndexError for a row that there is not
+        return self._read(name, info.start + skipped * (info.nbytes // rows), info.shape[1:])
 
-    def _shard(self, shard: str) -> Any:
-        # One shard open at a time: a mapping kept open would keep its pages.
-        if self._open is None or self._open[0] != shard:
-            self._open = (shard, safe_open(str(self.folder / shard), framework="pt"))
-        return self._open[1]
+    def _read(self, name: str, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """What lies from byte `start` on in the shard of tensor `name`, as a tensor of `shape`.
+
+        Read and not mapped, so that a failing disk or a file cut short is an error and no SIGBUS.
+        The shard is opened each time: threads may read at once, and see the file that is there now.
+        """
+        info = self.infos[name]
+        path = self.folder / info.shard
+        raw = torch.empty(info.dtype.itemsize * torch.Size(shape).numel(), dtype=torch.uint8)
+        with _named_errors(path, name), path.open("rb", buffering=0) as file:
+            read = _fill(memoryview(raw.numpy().data), file.fileno(), start)
+            self._check_unchanged(info.shard, _state(file.fileno()))
+            if read < raw.nbytes:
+                raise OSError(errno.EIO, f"{raw.nbytes - read} bytes are missing")
+        return raw.view(info.dtype).view(shape)
+
+    def _check_unchanged(self, shard: str, now: State) -> None:
+        then = self.states[shard]
+        if now != then:
+            raise UserError(
+                f"{self.folder / shard}: was changed while in use ({then} then, {now} now); "
+                f"let nothing write to it, and repeat the command"
+            )
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -103,13 +144,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return shards
 
 
-def _read_infos(folder: Path, index: Mapping[str, str] | None) -> dict[str, TensorInfo]:
-    shards = [SINGLE] if index is None else sorted(set(index.values()))
-    found: dict[str, TensorInfo] = {}
-    for shard in shards:
-        found |= _shard_infos(folder, shard)
-    if index is None:
-        return found
+def _indexed(
+    found: Mapping[str, TensorInfo], index: Mapping[str, str], folder: Path
+) -> dict[str, TensorInfo]:
+    """Of the tensors found, those that the index names, in its order."""
     for name, shard in index.items():
         if name not in found or found[name].shard != shard:
             raise UserError(f"{folder / shard}: tensor {name} of the index is not in it")
@@ -117,20 +155,49 @@ def _read_infos(folder: Path, index: Mapping[str, str] | None) -> dict[str, Tens
 
 
 def _shard_infos(folder: Path, shard: str) -> dict[str, TensorInfo]:
+    """The tensors of one shard by its header: 8 bytes of length, JSON, then the tensors' bytes."""
     path = folder / shard
-    if not path.exists():
-        raise UserError(f"{path}: this shard of the index is missing; download it again")
+    with _named_errors(path), path.open("rb") as file:
+        with safe_open(str(path), framework="pt"):
+            pass  # it knows whether the header is sound and the file as long as it says
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in header.items():
+        kind, start = entry["dtype"], 8 + length + entry["data_offsets"][0]
+        if kind not in DTYPES:
+            raise UserError(f"{path}: tensor {name} has dtype {kind}, which llama4q can't read")
+        infos[name] = TensorInfo(shard, tuple(entry["shape"]), DTYPES[kind], start)
+    return infos
+
+
+def _opened_state(path: Path) -> State:
     with _named_errors(path):
-        path.open("rb").close()  # safe_open calls a file that may not be read missing
-    with _named_errors(path), safe_open(str(path), framework="pt") as reader:
-        infos = {}
-        for name in reader.keys():  # noqa: SIM118 - a safetensors reader, not a dictionary
-            view = reader.get_slice(name)
-            kind = view.get_dtype()
-            if kind not in DTYPES:
-                raise UserError(f"{path}: tensor {name} has dtype {kind}, which llama4q can't read")
-            infos[name] = TensorInfo(shard, tuple(view.get_shape()), DTYPES[kind])
-        return infos
+        try:
+            return _state(path)
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: this shard of the index is missing; download it again"
+            ) from None
+
+
+def _state(file: Path | int) -> State:
+    """Of a file by path or descriptor."""
+    found = os.stat(file)
+    return State(found.st_size, found.st_mtime_ns)
+
+
+def _fill(buffer: memoryview, descriptor: int, start: int) -> int:
+    """Read from byte `start` on until `buffer` is full or the file ends; how many bytes."""
+    done = 0
+    while done < len(buffer):
+        stop_if_asked()  # a thread that reads ahead would hold up the end of the process
+        read = os.preadv(descriptor, [buffer[done : done + PIECE]], start + done)
+        if not read:
+            break
+        done += read
+    return done
 
 
 @contextlib.contextmanager
@@ -144,22 +211,22 @@ def _named_errors(path: Path, name: str = "") -> Iterator[None]:
             f"{path}: truncated or corrupted{at} ({error}); download it again"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read{at} ({error.strerror or error})") from None
+        raise UserError(
+            f"{path}: cannot be read{at} ({error.strerror or error}); "
+            f"mend that and repeat the command"
+        ) from None
 
 
 class PartReader(Checkpoint):
     """The tensors of some shards of a work folder, read as a Checkpoint."""
 
     def __init__(self, folder: Path, shards: list[str]) -> None:
-        self.folder = folder
-        self.infos = {}
-        for shard in shards:
-            self.infos |= _shard_infos(folder, shard)
-        self._open = None
+        self._open(folder, shards)
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """Raises UserError when the file cannot be read."""
+    with _named_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -172,7 +239,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for name, info in sorted(checkpoint.infos.items()):
         digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
     for shard in sorted({info.shard for info in checkpoint.infos.values()}):
-        with (checkpoint.folder / shard).open("rb") as file:
+        path = checkpoint.folder / shard
+        with _named_errors(path), path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(size // 2)
             digest.update(f"{size}\n".encode() + file.read(65536))
