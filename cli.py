@@ -320,11 +320,12 @@ def evaluate(
     from calibrate.run import DTYPES
     from evals.evaluation import compare
     from evals.report import render
-    from llama4q.checkpoint import Checkpoint, to_json, write_atomically, writing
+    from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.hub import resolve
     from llama4q.text import load_tokenizer
     from llama4q.weights import LayerReader
+    from llama4q.writer import to_json, write_atomically, writing
 
     original, other = resolve(against), resolve(quantized)
     configs = [read_config(side.folder) for side in (original, other)]  # refuses early

@@ -20,13 +20,7 @@ from typing import Any
 import torch
 
 from llama4q import __version__
-from llama4q.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    fingerprint,
-    refuse_foreign_files,
-    to_json,
-)
+from llama4q.checkpoint import Checkpoint, fingerprint
 from llama4q.config import ModelConfig, read_config
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
@@ -37,6 +31,7 @@ from llama4q.recipe import Recipe, check_recipe, planned
 from llama4q.stream import LayerObserver, check_tokens, embed
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
+from llama4q.writer import CheckpointWriter, refuse_foreign_files, to_json
 
 from .layer import LayerQuantizer, Part, part_count
 from .progress import Progress

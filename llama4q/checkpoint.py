@@ -1,31 +1,26 @@
-"""Sharded safetensors on disk: read tensors by name, write so that a killed run loses nothing.
-
-Knows nothing of Llama, layers or bits. A folder becomes a checkpoint only when its index is
-written, and the index is the last file that `CheckpointWriter.finish` writes.
-"""
+"""Sharded safetensors on disk: tensors by name. Knows nothing of Llama, layers, bits or writing."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import UserError
+from .stopping import stop_if_asked
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-WORK = ".llama4q"  # what a run has written so far; gone when the checkpoint is finished
-MAX_SHARD_BYTES = 4 * 10**9
+PIECE = 16 * 2**20  # bytes read between two looks at whether to stop
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,20 +37,42 @@ class TensorInfo:
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int  # its first byte in the shard
 
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
+@dataclass(frozen=True)
+class State:
+    """What tells that a file is still the same."""
+
+    size: int
+    modified: int  # nanoseconds since 1970
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes of {datetime.fromtimestamp(self.modified / 1e9)}"
+
+
 class Checkpoint:
     """Tensors by name from the safetensors files of one folder; opening reads headers only."""
 
+    infos: dict[str, TensorInfo]
+
     def __init__(self, folder: Path) -> None:
         """Raises UserError when the index or a shard is missing, truncated or out of the folder."""
+        index = _read_index(folder)
+        self._open(folder, [SINGLE] if index is None else sorted(set(index.values())))
+        if index is not None:
+            self.infos = _indexed(self.infos, index, folder)
+
+    def _open(self, folder: Path, shards: Sequence[str]) -> None:
         self.folder = folder
-        self.infos = _read_infos(folder, _read_index(folder))
-        self._open: tuple[str, Any] | None = None
+        self.states = {shard: _opened_state(folder / shard) for shard in shards}
+        self.infos = {}
+        for shard in shards:
+            self.infos |= _shard_infos(folder, shard)
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos
@@ -74,23 +91,39 @@ class Checkpoint:
 
     def get(self, name: str) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
-        shard = self.info(name).shard
-        with _named_errors(self.folder / shard, name):
-            tensor: torch.Tensor = self._shard(shard).get_tensor(name)
-            return tensor.clone()
+        info = self.info(name)
+        return self._read(name, info.start, info.shape)
 
     def get_row(self, name: str, row: int) -> torch.Tensor:
         """Entry `row` of the first dimension (one expert of a fused tensor), the rest unread."""
-        shard = self.info(name).shard
-        with _named_errors(self.folder / shard, name):
-            tensor: torch.Tensor = self._shard(shard).get_slice(name)[row]
-            return tensor.clone()
+        info = self.info(name)
+        rows = info.shape[0]
+        skipped = range(rows)[row]  # IndexError for a row that there is not
+        return self._read(name, info.start + skipped * (info.nbytes // rows), info.shape[1:])
 
-    def _shard(self, shard: str) -> Any:
-        # One shard open at a time: a mapping kept open would keep its pages.
-        if self._open is None or self._open[0] != shard:
-            self._open = (shard, safe_open(str(self.folder / shard), framework="pt"))
-        return self._open[1]
+    def _read(self, name: str, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """What lies from byte `start` on in the shard of tensor `name`, as a tensor of `shape`.
+
+        Read and not mapped, so that a failing disk or a file cut short is an error and no SIGBUS.
+        The shard is opened each time: threads may read at once, and see the file that is there now.
+        """
+        info = self.infos[name]
+        path = self.folder / info.shard
+        raw = torch.empty(info.dtype.itemsize * torch.Size(shape).numel(), dtype=torch.uint8)
+        with _named_errors(path, name), path.open("rb", buffering=0) as file:
+            read = _fill(memoryview(raw.numpy().data), file.fileno(), start)
+            self._check_unchanged(info.shard, _state(file.fileno()))
+            if read < raw.nbytes:
+                raise OSError(errno.EIO, f"{raw.nbytes - read} bytes are missing")
+        return raw.view(info.dtype).view(shape)
+
+    def _check_unchanged(self, shard: str, now: State) -> None:
+        then = self.states[shard]
+        if now != then:
+            raise UserError(
+                f"{self.folder / shard}: was changed while in use ({then} then, {now} now); "
+                f"let nothing write to it, and repeat the command"
+            )
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -111,13 +144,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return shards
 
 
-def _read_infos(folder: Path, index: Mapping[str, str] | None) -> dict[str, TensorInfo]:
-    shards = [SINGLE] if index is None else sorted(set(index.values()))
-    found: dict[str, TensorInfo] = {}
-    for shard in shards:
-        found |= _shard_infos(folder, shard)
-    if index is None:
-        return found
+def _indexed(
+    found: Mapping[str, TensorInfo], index: Mapping[str, str], folder: Path
+) -> dict[str, TensorInfo]:
+    """Of the tensors found, those that the index names, in its order."""
     for name, shard in index.items():
         if name not in found or found[name].shard != shard:
             raise UserError(f"{folder / shard}: tensor {name} of the index is not in it")
@@ -125,20 +155,49 @@ def _read_infos(folder: Path, index: Mapping[str, str] | None) -> dict[str, Tens
 
 
 def _shard_infos(folder: Path, shard: str) -> dict[str, TensorInfo]:
+    """The tensors of one shard by its header: 8 bytes of length, JSON, then the tensors' bytes."""
     path = folder / shard
-    if not path.exists():
-        raise UserError(f"{path}: this shard of the index is missing; download it again")
+    with _named_errors(path), path.open("rb") as file:
+        with safe_open(str(path), framework="pt"):
+            pass  # it knows whether the header is sound and the file as long as it says
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in header.items():
+        kind, start = entry["dtype"], 8 + length + entry["data_offsets"][0]
+        if kind not in DTYPES:
+            raise UserError(f"{path}: tensor {name} has dtype {kind}, which llama4q can't read")
+        infos[name] = TensorInfo(shard, tuple(entry["shape"]), DTYPES[kind], start)
+    return infos
+
+
+def _opened_state(path: Path) -> State:
     with _named_errors(path):
-        path.open("rb").close()  # safe_open calls a file that may not be read missing
-    with _named_errors(path), safe_open(str(path), framework="pt") as reader:
-        infos = {}
-        for name in reader.keys():  # noqa: SIM118 - a safetensors reader, not a dictionary
-            view = reader.get_slice(name)
-            kind = view.get_dtype()
-            if kind not in DTYPES:
-                raise UserError(f"{path}: tensor {name} has dtype {kind}, which llama4q can't read")
-            infos[name] = TensorInfo(shard, tuple(view.get_shape()), DTYPES[kind])
-        return infos
+        try:
+            return _state(path)
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: this shard of the index is missing; download it again"
+            ) from None
+
+
+def _state(file: Path | int) -> State:
+    """Of a file by path or descriptor."""
+    found = os.stat(file)
+    return State(found.st_size, found.st_mtime_ns)
+
+
+def _fill(buffer: memoryview, descriptor: int, start: int) -> int:
+    """Read from byte `start` on until `buffer` is full or the file ends; how many bytes."""
+    done = 0
+    while done < len(buffer):
+        stop_if_asked()  # a thread that reads ahead would hold up the end of the process
+        read = os.preadv(descriptor, [buffer[done : done + PIECE]], start + done)
+        if not read:
+            break
+        done += read
+    return done
 
 
 @contextlib.contextmanager
@@ -152,223 +211,23 @@ def _named_errors(path: Path, name: str = "") -> Iterator[None]:
             f"{path}: truncated or corrupted{at} ({error}); download it again"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read{at} ({error.strerror or error})") from None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One resumable step of a run: its files with their SHA-256, and what else to remember."""
-
-    files: Mapping[str, str]
-    memory: Mapping[str, Any]
-
-
-class CheckpointWriter:
-    """Writes a checkpoint unit by unit into a work folder, then gives the files their final names.
-
-    A unit counts only when its record is on disk, which is written after its files. `run_key` says
-    what the run depends on; a work folder left by a run with another key is refused.
-    """
-
-    def __init__(self, folder: Path, run_key: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.work = folder / WORK
-        with writing(folder):
-            refuse_foreign_files(folder)
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._check_run_key(dict(run_key))
-
-    def _check_run_key(self, run_key: dict[str, Any]) -> None:
-        path = self.work / "run.json"
-        if not path.exists():
-            write_atomically(path, to_json(run_key))
-            return
-        before, now = json.loads(path.read_bytes()), json.loads(json.dumps(run_key))
-        for key, old, new in _differences(before, now):
-            raise UserError(
-                f"{self.folder}: an unfinished run with another {key} is here "
-                f"({_short(old)} then, {_short(new)} now); "
-                f"repeat its command, or delete the folder"
-            )
-
-    def done(self, unit: str) -> Unit | None:
-        """The record of a unit whose files are all there with the right hash, else None."""
-        try:
-            found = self.recorded(unit)
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            return None  # no record, or one that a bad disk spoiled: the unit is written again
-        for name, digest in found.files.items():
-            if not (self.work / name).exists() or sha256(self.work / name) != digest:
-                return None
-        return found
-
-    def write(
-        self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]], memory: Mapping[str, Any]
-    ) -> Unit:
-        """Write the unit's tensors, then its record."""
-        return self.record(unit, self.write_files(unit, tensors), memory)
-
-    def write_files(self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-        """Write tensors in shards of at most MAX_SHARD_BYTES; their SHA-256 by file name.
-
-        They don't count before `record`.
-        """
-        with writing(self.folder):
-            files: dict[str, str] = {}
-            for number, shard in enumerate(_shards(tensors)):
-                name = f"{unit}.{number:03d}.safetensors"
-                temporary = self.work / f"{name}.tmp"
-                save_file(shard, str(temporary), metadata={"format": "pt"})
-                _settle(temporary)
-                files[name] = sha256(temporary)
-                os.replace(temporary, self.work / name)
-            return files
-
-    def record(self, unit: str, files: Mapping[str, str], memory: Mapping[str, Any]) -> Unit:
-        """The record that makes `files` count as `unit`."""
-        with writing(self.folder):
-            content = to_json({"files": files, "memory": memory})
-            write_atomically(self.work / f"{unit}.json", content)
-        return Unit(files, memory)
-
-    def recorded(self, unit: str) -> Unit:
-        """A unit's record without checking its files."""
-        raw = json.loads((self.work / f"{unit}.json").read_bytes())
-        return Unit(raw["files"], raw["memory"])
-
-    def read_back(self, files: Iterable[str]) -> PartReader:
-        """What was written under these names."""
-        return PartReader(self.work, list(files))
-
-    def finishing(self, units: Iterable[str]) -> bool:
-        """Whether a run was killed while finishing: all recorded, some shards under final names."""
-        if not all((self.work / f"{unit}.json").exists() for unit in units):
-            return False
-        return any(self.folder.glob("model-*-of-*.safetensors"))
-
-    def assemble(self, units: Iterable[str]) -> tuple[Checkpoint, dict[str, str]]:
-        """Give the shards their final names; returns them, and the SHA-256 recorded for each.
-
-        Repeating it after a kill is safe. The folder is no checkpoint before `publish`.
-        """
-        digests = {
-            part: digest for unit in units for part, digest in self.recorded(unit).files.items()
-        }
-        final: dict[str, str] = {}
-        with writing(self.folder):
-            for number, (part, digest) in enumerate(digests.items(), start=1):
-                shard = f"model-{number:05d}-of-{len(digests):05d}.safetensors"
-                if (self.work / part).exists():
-                    os.replace(self.work / part, self.folder / shard)
-                final[shard] = digest
-        return PartReader(self.folder, list(final)), final
-
-    def publish(self, written: Checkpoint, side_files: Mapping[str, bytes]) -> None:
-        """Side files, config.json, and last the index; then the work folder goes."""
-        index = {
-            "metadata": {"total_size": sum(info.nbytes for info in written.infos.values())},
-            "weight_map": {name: written.infos[name].shard for name in sorted(written.infos)},
-        }
-        with writing(self.folder):
-            # config.json comes late: some engines load any folder with a config and shards.
-            for name in sorted(side_files, key=lambda name: name == "config.json"):
-                write_atomically(self.folder / name, side_files[name])
-            write_atomically(self.folder / INDEX, to_json(index))
-            # Without run.json no later run takes the remains for an unfinished one.
-            (self.work / "run.json").unlink()
-            shutil.rmtree(self.work)
+        raise UserError(
+            f"{path}: cannot be read{at} ({error.strerror or error}); "
+            f"mend that and repeat the command"
+        ) from None
 
 
 class PartReader(Checkpoint):
     """The tensors of some shards of a work folder, read as a Checkpoint."""
 
     def __init__(self, folder: Path, shards: list[str]) -> None:
-        self.folder = folder
-        self.infos = {}
-        for shard in shards:
-            self.infos |= _shard_infos(folder, shard)
-        self._open = None
-
-
-def refuse_foreign_files(folder: Path) -> None:
-    """Raises UserError when `folder` holds a finished checkpoint or files that are not ours."""
-    with writing(folder):  # it may lie where not even looking is allowed
-        if not folder.exists():
-            return
-        if not folder.is_dir():
-            raise UserError(f"{folder}: is a file; choose a folder that does not exist yet")
-        if (folder / WORK / "run.json").exists() or not any(folder.iterdir()):
-            return
-        if (folder / INDEX).exists() or (folder / SINGLE).exists():
-            raise UserError(
-                f"{folder}: already holds a finished checkpoint; choose another folder or delete it"
-            )
-        if [path.name for path in folder.iterdir()] == [WORK]:
-            return
-        raise UserError(
-            f"{folder}: is not empty and holds no unfinished run; choose another folder"
-        )
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission into one line that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        _raise_unwritable(folder, error.strerror or str(error))
-    except SafetensorError as error:
-        # safetensors reports the operating system's errors in an exception of its own
-        _raise_unwritable(folder, str(error))
-
-
-def _raise_unwritable(folder: Path, reason: str) -> NoReturn:
-    raise UserError(
-        f"{folder}: cannot be written ({reason}); mend that and repeat the command, "
-        f"the run goes on where it stopped"
-    ) from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of the content under `path`, or nothing: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        self._open(folder, shards)
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """Raises UserError when the file cannot be read."""
+    with _named_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _settle(path: Path) -> None:
-    """Onto the disk, readable for whoever the user's umask lets read (safetensors: owner only)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """Group tensors, in their order, into dictionaries of at most MAX_SHARD_BYTES."""
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-    if shard:
-        yield shard
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -380,22 +239,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for name, info in sorted(checkpoint.infos.items()):
         digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
     for shard in sorted({info.shard for info in checkpoint.infos.values()}):
-        with (checkpoint.folder / shard).open("rb") as file:
+        path = checkpoint.folder / shard
+        with _named_errors(path), path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(size // 2)
             digest.update(f"{size}\n".encode() + file.read(65536))
     return digest.hexdigest()
-
-
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ: the path of keys, and what stands there in each."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**now, **before}:  # in the order of `now`, which names causes first
-            yield from _differences(before.get(name), now.get(name), f"{key} {name}".lstrip())
-    elif before != now:
-        yield key, before, now
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

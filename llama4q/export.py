@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from . import bnb
-from .checkpoint import to_json
 from .config import ModelConfig, read_config_json
 from .errors import UserError
 from .recipe import Recipe, planned
 from .schemes import Kind, Scheme
 from .weights import Component
+from .writer import to_json
 
 # The version of compressed-tensors whose format this is: the oldest one that the engines pin.
 FORMAT_VERSION = "0.17.0"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from llama4q.checkpoint import INDEX, CheckpointWriter
+from llama4q.checkpoint import INDEX
 from llama4q.errors import UserError
+from llama4q.writer import CheckpointWriter
 
 PAGE = 4096
 UNITS = {"first": 3, "second": 1, "third": 2}  # pages of each unit's one tensor

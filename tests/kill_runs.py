@@ -21,8 +21,9 @@ from typing import Any
 
 import compressed_tensors.compressors.pack_quantized.helpers  # noqa: F401 - before the forks
 
-from llama4q.checkpoint import INDEX, WORK, Checkpoint
+from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.errors import UserError
+from llama4q.writer import WORK
 
 from . import runs, tiny
 

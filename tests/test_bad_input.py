@@ -24,8 +24,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 import cli
-from llama4q.checkpoint import INDEX, SINGLE, WORK, Checkpoint
+from llama4q.checkpoint import INDEX, SINGLE, Checkpoint
 from llama4q.hub import POCKET_MODEL
+from llama4q.writer import WORK
 
 from . import tiny
 from .test_checkpoint import as_nobody
@@ -491,7 +492,7 @@ def test_no_permission(sound: Path) -> None:
         (readable / SHARD).chmod(0)
         with as_nobody():
             line = mistake("quantize", readable, Path(name) / "out", *QUICK)
-        assert line == f"{readable / SHARD}: cannot be read (Permission denied)"
+        assert line.startswith(f"{readable / SHARD}: cannot be read (Permission denied); mend")
         (readable / "config.json").chmod(0)
         with as_nobody():
             line = mistake("inspect", readable)
@@ -522,7 +523,7 @@ def test_a_disk_that_is_full_on_the_way(
         save_file(*arguments, **options)
 
     out = tmp_path / "out"
-    monkeypatch.setattr("llama4q.checkpoint.save_file", full)
+    monkeypatch.setattr("llama4q.writer.save_file", full)
     line = mistake("quantize", sound, out, *QUICK)
     assert line.startswith(f"{out}: cannot be written (No space left on device)")
     assert line.endswith("repeat the command, the run goes on where it stopped")

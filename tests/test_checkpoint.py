@@ -6,6 +6,7 @@ The authority on contents is safetensors' own `load_file`; the disk that is full
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama4q import checkpoint
-from llama4q.checkpoint import INDEX, SINGLE, WORK, Checkpoint, CheckpointWriter
+from llama4q.checkpoint import INDEX, SINGLE, Checkpoint
 from llama4q.errors import UserError
+from llama4q.writer import WORK, CheckpointWriter
 
 ROOT = Path(__file__).parent.parent
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 KEY = {"run": 1}
 NOBODY = 65534
+MEND = "mend that and repeat the command"
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -161,15 +164,101 @@ def test_a_damaged_shard_is_named(damage: Callable[[Path], None], folder: Path) 
     assert "\n" not in message
 
 
-def test_a_shard_that_is_damaged_later_is_named_with_the_tensor(folder: Path) -> None:
+def grown(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+def rewritten(path: Path) -> None:
+    """The same size, another time."""
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def replaced(path: Path) -> None:
+    """By an older file of the same size."""
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    os.utime(path.with_suffix(".new"), (0, 0))
+    os.replace(path.with_suffix(".new"), path)
+
+
+@pytest.mark.parametrize("change", [truncate, empty, grown, rewritten, replaced])
+def test_a_shard_that_changes_later_is_named(change: Callable[[Path], None], folder: Path) -> None:
+    """Cut short, too: of a mapping the kernel would have killed this process by SIGBUS."""
     ours = Checkpoint(folder)
     name = next(name for name in ours.names() if ours.info(name).shard == SECOND)
-    truncate(folder / SECOND)
-    with pytest.raises(UserError, match=f"{SECOND}: truncated or corrupted at tensor {name}"):
+    ours.get(name)
+    size = (folder / SECOND).stat().st_size
+    change(folder / SECOND)
+    with pytest.raises(UserError) as refused:
         ours.get(name)
+    message = str(refused.value)
+    assert message.startswith(f"{folder / SECOND}: was changed while in use ({size} bytes of ")
+    assert message.endswith("let nothing write to it, and repeat the command")
+    assert "\n" not in message
+
+
+def test_a_shard_cut_short_while_a_tensor_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Checkpoint(folder)
+    cut = tampered(lambda: os.truncate(folder / ours.info("fused").shard, 9))
+    monkeypatch.setattr("llama4q.checkpoint.PIECE", 16)
+    monkeypatch.setattr("llama4q.checkpoint.os.preadv", cut)
+    with pytest.raises(UserError, match=r"was changed while in use \(.* now\); let nothing"):
+        ours.get("fused")
+
+
+def test_a_disk_that_fails_is_named_with_the_tensor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    ours = Checkpoint(folder)
+    monkeypatch.setattr("llama4q.checkpoint.PIECE", 16)
+    monkeypatch.setattr("llama4q.checkpoint.os.preadv", tampered(failing))
+    with pytest.raises(UserError) as refused:
+        ours.get("fused")
+    shard = folder / ours.info("fused").shard
+    assert (
+        str(refused.value)
+        == f"{shard}: cannot be read at tensor fused (Input/output error); {MEND}"
+    )
+
+
+def tampered(happening: Callable[[], object]) -> Callable[[int, list[memoryview], int], int]:
+    """`os.preadv`, but that something happens before its second call."""
+    preadv, calls = os.preadv, iter([lambda: None, happening])
+
+    def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        next(calls, happening)()
+        return preadv(descriptor, buffers, offset)
+
+    return read
+
+
+def test_a_shard_that_is_gone_later_is_named_with_the_tensor(folder: Path) -> None:
+    ours = Checkpoint(folder)
+    name = next(name for name in ours.names() if ours.info(name).shard == SECOND)
     (folder / SECOND).unlink()
     with pytest.raises(UserError, match=f"{SECOND}: cannot be read at tensor {name}"):
         ours.get(name)
+
+
+def test_a_row_that_there_is_not(folder: Path) -> None:
+    with pytest.raises(IndexError):
+        Checkpoint(folder).get_row("fused", 3)
+
+
+def test_threads_read_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reads ahead while another one reads what is copied."""
+    monkeypatch.setattr("llama4q.checkpoint.PIECE", 7)
+    ours, wanted = Checkpoint(folder), tensors()
+    with ThreadPoolExecutor(4) as pool:
+        names = list(wanted) * 20
+        for name, tensor in zip(names, pool.map(ours.get, names), strict=True):
+            assert same(tensor, wanted[name])
 
 
 @pytest.mark.parametrize(
@@ -227,7 +316,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_shards_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 100)
+    monkeypatch.setattr("llama4q.writer.MAX_SHARD_BYTES", 100)
     sizes = {"a": 40, "b": 60, "c": 1, "d": 400, "e": 40, "f": 60}
     made = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
     write_all(CheckpointWriter(tmp_path / "out", KEY), {"one": made, "two": {"g": torch.ones(1)}})
@@ -255,7 +344,7 @@ def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if after.parent == out:
             appeared.append(after.name)
 
-    monkeypatch.setattr("llama4q.checkpoint.os.replace", recorded)
+    monkeypatch.setattr("llama4q.writer.os.replace", recorded)
     write_all(CheckpointWriter(out, KEY), UNITS)
     assert appeared[-2:] == ["config.json", INDEX]
     assert set(appeared) == {path.name for path in out.iterdir()}

@@ -55,7 +55,7 @@ def bf16(config: dict[str, Any]) -> Table:
 
 
 def tensor(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> TensorInfo:
-    return TensorInfo("model.safetensors", shape, dtype)
+    return TensorInfo("model.safetensors", shape, dtype, 0)
 
 
 def int4(name: str, out: int, inputs: int) -> Table:

@@ -19,7 +19,8 @@ FORBIDDEN = {
 }
 # module -> what it may not reach, not even through others
 UNKNOWING = {
-    "llama4q.checkpoint": ("config", "model", "weights", "recipe", "schemes", "packing"),
+    "llama4q.checkpoint": ("writer", "config", "model", "weights", "recipe", "schemes", "packing"),
+    "llama4q.writer": ("config", "model", "weights", "recipe", "schemes", "packing"),
     "llama4q.config": ("checkpoint", "model", "weights"),
     "llama4q.model": ("checkpoint", "schemes", "packing", "weights", "recipe"),
     "llama4q.schemes": ("checkpoint", "model", "packing", "weights", "recipe"),

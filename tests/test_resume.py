@@ -21,9 +21,10 @@ import pytest
 import torch
 
 from calibrate.codes import GroupReport
-from llama4q.checkpoint import INDEX, WORK, Checkpoint
+from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.errors import UserError
 from llama4q.recipe import Recipe, load_recipe
+from llama4q.writer import WORK
 
 from . import runs, tiny
 from .kill_runs import (
@@ -175,7 +176,7 @@ def without_publishing(source: Path, folder: Path) -> Path:
         raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama4q.checkpoint.CheckpointWriter.publish", stop)
+        patch.setattr("llama4q.writer.CheckpointWriter.publish", stop)
         with pytest.raises(Stopped):
             runs.run(source, folder)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) == SMALL.layers * len(PARTS) + 1
