@@ -72,18 +72,22 @@ def quantize(
     observer: LayerObserver,
     progress: Progress,
     make_report: Callable[[Outcome], Mapping[str, Any]],
+    room: float = float("inf"),
 ) -> Mapping[str, Any]:
     """Quantize `job.source` into `job.destination`; returns the report written beside it.
 
+    Hidden states stay in memory while there is `room` for them, in bytes, else go to files in the
+    destination; the result is the same.
+
     Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
     """
-    return Run(job, observer, progress).execute(make_report)
+    return Run(job, observer, progress, room).execute(make_report)
 
 
 class Run:
     """One run over the layers of a checkpoint."""
 
-    def __init__(self, job: Job, observer: LayerObserver, progress: Progress) -> None:
+    def __init__(self, job: Job, observer: LayerObserver, progress: Progress, room: float) -> None:
         self.job = job
         self.config = read_config(job.source)
         lengths = [tokens.shape[1] for tokens in job.tokens]
@@ -95,6 +99,7 @@ class Run:
         self._check_disk()
         self.observer = observer
         self.writer = CheckpointWriter(job.destination, self._run_key())
+        self.spool = Spool(room, self.writer.work)
         self.progress = progress
         self.units = [
             *(unit for index in range(self.config.num_layers) for unit in self.layer_units(index)),
@@ -148,10 +153,9 @@ class Run:
         self.progress.start(groups_in(self.config, self.job.recipe))
         self.router_views = views(original)
         embedding = original.embedding()
-        spool = Spool()
-        plain = embed(embedding, self.job.tokens, spool)
-        streams = Streams(spool.copy(plain), plain)
-        self.observer.start(embedding, spool)
+        plain = embed(embedding, self.job.tokens, self.spool)
+        streams = Streams(self.spool.copy(plain), plain)
+        self.observer.start(embedding, self.spool)
         del embedding
         indices = range(self.config.num_layers)
         for index, layer in zip(indices, prefetched(original.layer, indices), strict=True):

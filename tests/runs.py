@@ -72,6 +72,7 @@ def run(
     progress: Quiet | None = None,
     dtype: torch.dtype = torch.float32,
     asked: Questions | None = None,
+    room: float = float("inf"),
 ) -> Mapping[str, Any]:
     """The report of a small run; the recipe may be a shipped one's name.
 
@@ -87,7 +88,7 @@ def run(
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return dataclasses.asdict(outcome)
 
-    return quantize(job, evaluation, progress or Quiet(), report)
+    return quantize(job, evaluation, progress or Quiet(), report, room)
 
 
 @torch.inference_mode()

@@ -241,3 +241,19 @@ def test_errors_against_held_out_tokens_themselves(tmp_path: Path) -> None:
 def _shared(layer: DecoderLayer) -> Mlp:
     assert isinstance(layer.feed_forward, Moe)
     return layer.feed_forward.shared
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4-fp8"])
+@pytest.mark.parametrize("kind", [tiny.SCOUT, tiny.MAVERICK])
+def test_the_room_for_hidden_states_changes_no_byte(
+    kind: tiny.Variant, recipe: str, tmp_path: Path
+) -> None:
+    """In memory, in files, and some of each; the evidence is the same, too."""
+    source = tiny.write(tmp_path / "source", kind)
+    reports, written = [], []
+    for room in (float("inf"), 2_000_000, 500_000, 0):
+        folder = tmp_path / f"{room}"
+        reports.append(runs.run(source, folder, recipe, room=room))
+        written.append(all_bytes(folder))
+    assert written == written[:1] * 4
+    assert [report["evidence"] for report in reports] == [reports[0]["evidence"]] * 4
