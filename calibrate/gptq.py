@@ -19,6 +19,7 @@ import torch
 from llama4q.schemes import Kind, QuantizedWeight, Scheme, absmax_scales, storable
 
 from .cholesky import divide, factor_upper
+from .kernel import kernel
 from .lookahead import Rows, solve_block
 from .products import factor_dtype
 
@@ -90,28 +91,38 @@ def choose_scales(
     above. BF16 for integers, F32 with BF16's values for E4M3, whose grid is symmetric.
     """
     largest = absmax_scales(weight, scheme)
-    groups = largest.shape[0]
-    grouped = weight.view(groups, -1, weight.shape[1])
-    weights = importance.view(groups, -1, 1)
+    grouped = weight.view(len(largest), -1, weight.shape[1])
     if signed and scheme.kind is Kind.INT:
         largest = torch.where(grouped.amax(dim=1) > -grouped.amin(dim=1), -largest, largest)
-    best = storable(largest)
-    least = torch.full_like(largest, torch.inf)
-    for fraction in _fractions(scheme, points):
-        scales = storable(largest * fraction)
-        step = scales.float()[:, None, :]
-        error = grouped - scheme.nearest(grouped / step) * step
-        error = (error.square_() * weights).sum(dim=1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, scales, best)
-    return best.float() if scheme.kind is Kind.FLOAT8 else best
+    tried = storable(largest[:, None] * _fractions(scheme, points)[:, None])
+    errors = [
+        scale_errors(rows, weights, scales, scheme)
+        for rows, weights, scales in zip(
+            grouped, importance.view(len(grouped), -1), tried.float(), strict=True
+        )
+    ]
+    best = torch.stack(errors).argmin(dim=1, keepdim=True)
+    found = tried.gather(1, best).squeeze(1)
+    return found.float() if scheme.kind is Kind.FLOAT8 else found
 
 
-def _fractions(scheme: Scheme, points: int) -> list[float]:
+def scale_errors(
+    rows: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor, scheme: Scheme
+) -> torch.Tensor:
+    """sum_j D_j (w_j - s code_j)^2 of one group `[I, O]` for each of its scales `[points, O]`."""
+    compiled = kernel(scheme, 1, rows.device)
+    if compiled is not None:
+        return compiled.scale_errors(rows, importance, scales)
+    errors = torch.empty_like(scales)
+    for number, step in enumerate(scales):
+        lost = torch.addcmul(rows, scheme.nearest(rows * step.reciprocal()), step, value=-1)
+        errors[number] = importance @ lost.square_()
+    return errors
+
+
+def _fractions(scheme: Scheme, points: int) -> torch.Tensor:
     end = LARGEST_FLOAT if scheme.kind is Kind.FLOAT8 else SMALLEST_CLIP
-    found: list[float] = torch.linspace(1, end, points).tolist()
-    return found
+    return torch.linspace(1, end, points)
 
 
 def solve(
