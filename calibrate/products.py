@@ -22,3 +22,12 @@ def bf16_factors() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def factor_dtype() -> torch.dtype:
+    """For factors that are stored: BF16 where the processor has it, whose products are BF16, too.
+
+    That rounds once more than `bf16_factors` does, but no product has to convert its factors.
+    """
+    has_it = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_it else torch.float32

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calibrate import kernel
+from calibrate.gptq import scale_errors
 from calibrate.lookahead import Rows, solve_block
 from llama4q.schemes import FP8, SCHEMES, Scheme
 
@@ -66,6 +67,19 @@ def test_every_code_and_its_second_nearest(scheme: Scheme) -> None:
     steps = torch.cat((1e6 * ones, ones))
     rows = Rows(target, steps, torch.tensor([1e12, 1]), torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     assert torch.equal(solve_block(target, rows, scheme, 2)[1:], second)
+
+
+@pytest.mark.parametrize("name", ["int3", "int8", "fp8"])
+def test_the_same_errors_of_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = SCHEMES[name]
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(300, OUTPUTS, generator=generator)
+    importance = torch.rand(300, generator=generator)
+    scales = torch.rand(7, OUTPUTS, generator=generator) / scheme.code_max - 0.5 / scheme.code_max
+    compiled = scale_errors(weight, importance, scales, scheme)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    plain = scale_errors(weight, importance, scales, scheme)
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=0)
 
 
 def test_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
