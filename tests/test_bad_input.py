@@ -29,7 +29,7 @@ from llama4q.hub import POCKET_MODEL
 from llama4q.writer import WORK
 
 from . import tiny
-from .test_checkpoint import as_nobody
+from .test_writer import as_nobody
 
 ROOT = Path(__file__).parent.parent
 VARIANT = dataclasses.replace(
@@ -513,7 +513,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_start(
 def test_a_disk_that_is_full_on_the_way(
     number: int, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command goes on when there is room; tests/test_checkpoint.py has real disks."""
+    """The same command goes on when there is room; tests/test_writer.py has real disks."""
     left = [number]
 
     def full(*arguments: Any, **options: Any) -> None:
