@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,6 +53,7 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             with stoppable():
+                _check_temporary_folder()
                 return super().invoke(context)
         except UserError as error:
             click.echo(f"Error: {error}", err=True)
@@ -61,6 +63,16 @@ class Commands(click.Group):
             click.echo(f"\nStopped by {stop.signal.name}: {advice}.", err=True)
             code = 128 + stop.signal
         raise SystemExit(code)
+
+
+def _check_temporary_folder() -> None:
+    """torch and datasets write to it when they are imported."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.strerror}; free some space there, or set TMPDIR to a folder that has some"
+        ) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

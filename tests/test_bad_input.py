@@ -509,6 +509,17 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_start(
     assert line.endswith("or choose another disk")
 
 
+def test_no_room_in_any_temporary_folder(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with room is enough; Python looks at several."""
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    monkeypatch.setattr("tempfile.tempdir", None)
+    line = refused(sound)
+    assert line.startswith("No usable temporary directory found in [")
+    assert line.endswith("; free some space there, or set TMPDIR to a folder that has some")
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_disk_that_is_full_on_the_way(
     number: int, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
