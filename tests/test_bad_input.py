@@ -544,6 +544,31 @@ def test_a_disk_that_is_full_on_the_way(
     assert Checkpoint(out).names()
 
 
+def test_a_source_that_changes_on_the_way(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put back, the same command goes on behind the layer that was written."""
+    shards = list(source.glob("*.safetensors"))
+    times = {shard: shard.stat().st_mtime_ns for shard in shards}
+
+    def changing(*arguments: Any, **options: Any) -> None:
+        save_file(*arguments, **options)
+        for shard in shards:
+            os.utime(shard)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("llama4q.writer.save_file", changing)
+        line = mistake("quantize", source, out, *QUICK)
+    assert ": was changed while in use (" in line
+    assert any(line.startswith(f"{shard}: ") for shard in shards)
+    for shard, time in times.items():
+        os.utime(shard, ns=(time, time))
+    found = quantized(source, out)
+    assert found.exit_code == 0
+    assert "layer 0 was written before: checked and replayed" in found.stderr
+
+
 # Reports
 
 
