@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,7 @@ import click
 
 from llama4q import __version__
 from llama4q.errors import UserError
+from llama4q.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
     import torch
@@ -45,16 +47,32 @@ UNITS = {
 
 
 class Commands(click.Group):
-    """Shows a user's mistake as one line with exit code 1; anything else keeps its traceback."""
+    """Shows a user's mistake as one line with exit code 1, and a signal with what a shell expects;
+    anything else keeps its traceback."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with stoppable():
+                _check_temporary_folder()
+                return super().invoke(context)
         except UserError as error:
             click.echo(f"Error: {error}", err=True)
-        except KeyboardInterrupt:
-            click.echo("\nStopped. Repeat the command to go on where it stopped.", err=True)
-        raise SystemExit(1)
+            code = 1
+        except Stopped as stop:
+            [advice] = getattr(stop, "__notes__", ["repeat the command to start again"])
+            click.echo(f"\nStopped by {stop.signal.name}: {advice}.", err=True)
+            code = 128 + stop.signal
+        raise SystemExit(code)
+
+
+def _check_temporary_folder() -> None:
+    """torch and datasets write to it when they are imported."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.strerror}; free some space there, or set TMPDIR to a folder that has some"
+        ) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -260,12 +278,34 @@ def quantize(
             "seconds": {"total": outcome.seconds},
         }
 
-    with Bar() as bar:
+    with Bar() as bar, _told_what_stands(folder, config.num_layers):
         finished = run(job, Evaluation(config, questions), bar, report)
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
+
+
+@contextlib.contextmanager
+def _told_what_stands(folder: Path, layers: int) -> Iterator[None]:
+    """Adds to `Stopped` how much of a quantize run is written and how it goes on."""
+    from llama4q.checkpoint import INDEX
+    from llama4q.writer import WORK
+
+    try:
+        yield
+    except Stopped as stop:
+        written = len(list((folder / WORK).glob("layer-*.json")))
+        if (folder / INDEX).exists():
+            stop.add_note(f"{folder} is finished")
+        elif written == layers:
+            stop.add_note(f"all {layers} layers are written; repeat the command to finish")
+        else:
+            stop.add_note(
+                f"{written} of {layers} layers are written; "
+                f"repeat the command, it goes on at layer {written}"
+            )
+        raise
 
 
 def _chosen(

@@ -81,7 +81,9 @@ def quantize(
 
     Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
     """
-    return Run(job, observer, progress, room).execute(make_report)
+    run = Run(job, observer, progress, room)
+    with run.writer:  # nobody else writes there
+        return run.execute(make_report)
 
 
 class Run:

@@ -21,8 +21,11 @@ from safetensors.torch import save_file
 
 from .checkpoint import INDEX, SINGLE, Checkpoint, PartReader, sha256
 from .errors import UserError
+from .lock import Lock, refuse_held
+from .stopping import finishing
 
 WORK = ".llama4q"  # what a run has written so far; gone when the checkpoint is finished
+LOCK = "lock"  # in there; held by the run at work
 MAX_SHARD_BYTES = 4 * 10**9
 
 
@@ -38,16 +41,27 @@ class CheckpointWriter:
     """Writes a checkpoint unit by unit into a work folder, then gives the files their final names.
 
     A unit counts only when its record is on disk, which is written after its files. `run_key` says
-    what the run depends on; a work folder left by a run with another key is refused.
+    what the run depends on; a work folder left by a run with another key is refused. Until it is
+    left as a context no other run may write here. A signal that asks to stop waits for a write.
     """
 
     def __init__(self, folder: Path, run_key: Mapping[str, Any]) -> None:
         self.folder = folder
         self.work = folder / WORK
-        with writing(folder):
+        with writing(folder), contextlib.ExitStack() as undo:
             refuse_foreign_files(folder)
             self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.work / LOCK, folder)
+            undo.callback(self._lock.release)
+            _refuse_finished(folder)  # once more: a run may have held the lock until now
             self._check_run_key(dict(run_key))
+            undo.pop_all()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def _check_run_key(self, run_key: dict[str, Any]) -> None:
         path = self.work / "run.json"
@@ -77,14 +91,15 @@ class CheckpointWriter:
         self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]], memory: Mapping[str, Any]
     ) -> Unit:
         """Write the unit's tensors, then its record."""
-        return self.record(unit, self.write_files(unit, tensors), memory)
+        with finishing():
+            return self.record(unit, self.write_files(unit, tensors), memory)
 
     def write_files(self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
         """Write tensors in shards of at most MAX_SHARD_BYTES; their SHA-256 by file name.
 
         They don't count before `record`.
         """
-        with writing(self.folder):
+        with writing(self.folder), finishing():
             files: dict[str, str] = {}
             for number, shard in enumerate(_shards(tensors)):
                 name = f"{unit}.{number:03d}.safetensors"
@@ -140,33 +155,40 @@ class CheckpointWriter:
             "metadata": {"total_size": sum(info.nbytes for info in written.infos.values())},
             "weight_map": {name: written.infos[name].shard for name in sorted(written.infos)},
         }
-        with writing(self.folder):
+        with writing(self.folder), finishing():
             # config.json comes late: some engines load any folder with a config and shards.
             for name in sorted(side_files, key=lambda name: name == "config.json"):
                 write_atomically(self.folder / name, side_files[name])
             write_atomically(self.folder / INDEX, to_json(index))
             # Without run.json no later run takes the remains for an unfinished one.
             (self.work / "run.json").unlink()
-            shutil.rmtree(self.work)
+            # errors: a second run may be asking for the lock at this very moment
+            shutil.rmtree(self.work, ignore_errors=True)
 
 
 def refuse_foreign_files(folder: Path) -> None:
-    """Raises UserError when `folder` holds a finished checkpoint or files that are not ours."""
+    """Raises UserError when `folder` holds a finished checkpoint, files that are not ours, or those
+    of a run at work."""
     with writing(folder):  # it may lie where not even looking is allowed
         if not folder.exists():
             return
         if not folder.is_dir():
             raise UserError(f"{folder}: is a file; choose a folder that does not exist yet")
+        refuse_held(folder / WORK / LOCK, folder)
         if (folder / WORK / "run.json").exists() or not any(folder.iterdir()):
             return
-        if (folder / INDEX).exists() or (folder / SINGLE).exists():
-            raise UserError(
-                f"{folder}: already holds a finished checkpoint; choose another folder or delete it"
-            )
+        _refuse_finished(folder)
         if [path.name for path in folder.iterdir()] == [WORK]:
             return
         raise UserError(
             f"{folder}: is not empty and holds no unfinished run; choose another folder"
+        )
+
+
+def _refuse_finished(folder: Path) -> None:
+    if (folder / INDEX).exists() or (folder / SINGLE).exists():
+        raise UserError(
+            f"{folder}: already holds a finished checkpoint; choose another folder or delete it"
         )
 
 
@@ -192,11 +214,12 @@ def _raise_unwritable(folder: Path, reason: str) -> NoReturn:
 def write_atomically(path: Path, content: bytes) -> None:
     """All of the content under `path`, or nothing: a reader never sees half a file."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with finishing():
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def to_json(value: Any) -> bytes:

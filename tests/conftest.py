@@ -3,3 +3,21 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from llama4q.stopping import stoppable
+
+
+@pytest.fixture
+def signals_restored() -> Iterator[None]:
+    """For a test that sends signals to itself: Ctrl-C stops pytest afterwards as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    with stoppable():  # nobody asks any more
+        pass

@@ -2,7 +2,7 @@
 
 `python -m tests.full_disk FOLDER PAGES` must be root of a mount namespace of its own: it mounts a
 memory disk on FOLDER, of 1, 2, 3 ... PAGES pages. It prints what each attempt said as JSON, for
-tests/test_checkpoint.py to judge.
+tests/test_writer.py to judge.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def mount(folder: Path, pages: int, *, again: bool = False) -> None:
 
 def write(folder: Path) -> list[str]:
     """Write the checkpoint, or what is missing of it; the units that had to be written."""
-    writer = CheckpointWriter(folder, {"key": 1})
     solved = []
-    if not writer.finishing(UNITS):
-        for unit, pages in UNITS.items():
-            if writer.done(unit) is None:
-                tensor = torch.full((pages * PAGE // 4,), pages, dtype=torch.float32)
-                writer.write(unit, [(f"{unit}.weight", tensor)], {"note": unit})
-                solved.append(unit)
-    written, _ = writer.assemble(UNITS)
-    writer.publish(written, {"config.json": b"{}" * 50, "report.json": b"[]" * PAGE})
+    with CheckpointWriter(folder, {"key": 1}) as writer:
+        if not writer.finishing(UNITS):
+            for unit, pages in UNITS.items():
+                if writer.done(unit) is None:
+                    tensor = torch.full((pages * PAGE // 4,), pages, dtype=torch.float32)
+                    writer.write(unit, [(f"{unit}.weight", tensor)], {"note": unit})
+                    solved.append(unit)
+        written, _ = writer.assemble(UNITS)
+        writer.publish(written, {"config.json": b"{}" * 50, "report.json": b"[]" * PAGE})
     return solved
 
 

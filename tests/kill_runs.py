@@ -78,7 +78,7 @@ def progress(folder: Path) -> int:
 
 
 def fork(work: Callable[[], object], log: Path) -> int:
-    """Do `work` in a child; exit code 0, 1 for a user's mistake, 2 for anything else."""
+    """Do `work` in a child; exit code 0, its own, 1 for a user's mistake, 2 for anything else."""
     pid = os.fork()
     if pid:
         return pid
@@ -90,6 +90,8 @@ def fork(work: Callable[[], object], log: Path) -> int:
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         code = 1
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()

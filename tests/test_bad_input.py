@@ -29,7 +29,7 @@ from llama4q.hub import POCKET_MODEL
 from llama4q.writer import WORK
 
 from . import tiny
-from .test_checkpoint import as_nobody
+from .test_writer import as_nobody
 
 ROOT = Path(__file__).parent.parent
 VARIANT = dataclasses.replace(
@@ -509,11 +509,22 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_start(
     assert line.endswith("or choose another disk")
 
 
+def test_no_room_in_any_temporary_folder(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with room is enough; Python looks at several."""
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    monkeypatch.setattr("tempfile.tempdir", None)
+    line = refused(sound)
+    assert line.startswith("No usable temporary directory found in [")
+    assert line.endswith("; free some space there, or set TMPDIR to a folder that has some")
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_disk_that_is_full_on_the_way(
     number: int, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command goes on when there is room; tests/test_checkpoint.py has real disks."""
+    """The same command goes on when there is room; tests/test_writer.py has real disks."""
     left = [number]
 
     def full(*arguments: Any, **options: Any) -> None:
@@ -531,6 +542,31 @@ def test_a_disk_that_is_full_on_the_way(
     assert found.exit_code == 0
     assert found.stderr.count("was written before: checked and replayed") == min(number - 1, 2)
     assert Checkpoint(out).names()
+
+
+def test_a_source_that_changes_on_the_way(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put back, the same command goes on behind the layer that was written."""
+    shards = list(source.glob("*.safetensors"))
+    times = {shard: shard.stat().st_mtime_ns for shard in shards}
+
+    def changing(*arguments: Any, **options: Any) -> None:
+        save_file(*arguments, **options)
+        for shard in shards:
+            os.utime(shard)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("llama4q.writer.save_file", changing)
+        line = mistake("quantize", source, out, *QUICK)
+    assert ": was changed while in use (" in line
+    assert any(line.startswith(f"{shard}: ") for shard in shards)
+    for shard, time in times.items():
+        os.utime(shard, ns=(time, time))
+    found = quantized(source, out)
+    assert found.exit_code == 0
+    assert "layer 0 was written before: checked and replayed" in found.stderr
 
 
 # Reports

@@ -7,6 +7,7 @@ tests/test_bad_input.py has what is refused. The authority on evidence is a seco
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -327,14 +328,16 @@ def test_check_takes_the_report_of_a_run(output: Path, report: dict[str, Any]) -
 
 
 def test_ctrl_c_says_how_to_go_on(
-    source: Path, output: Path, report: dict[str, Any], tmp_path: Path
+    source: Path, output: Path, report: dict[str, Any], tmp_path: Path, signals_restored: None
 ) -> None:
     """Interrupted in the second layer; the same command then writes the same bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibrate.layer.pack", interrupted_after(9))
         found = ran("quantize", source, tmp_path / "out", *QUICK)
-    assert found.exit_code == 1
-    assert found.stderr.endswith("\nStopped. Repeat the command to go on where it stopped.\n")
+    assert found.exit_code == 128 + signal.SIGINT
+    assert found.stderr.splitlines()[-1] == (
+        "Stopped by SIGINT: 1 of 2 layers are written; repeat the command, it goes on at layer 1."
+    )
     again = ran("quantize", source, tmp_path / "out", *QUICK)
     assert again.exit_code == 0
     assert "layer 0 was written before: checked and replayed" in again.stderr
@@ -350,7 +353,7 @@ def interrupted_after(calls: int) -> Callable[..., Any]:
     def pressed(*arguments: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return pack(*arguments)
 
     return pressed
