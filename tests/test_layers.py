@@ -25,6 +25,7 @@ UNKNOWING = {
     "llama4q.schemes": ("checkpoint", "model", "packing", "weights", "recipe"),
     "llama4q.bnb": ("checkpoint", "config", "model", "packing", "weights", "recipe"),
     "llama4q.stream": ("checkpoint", "schemes", "packing", "weights"),
+    "llama4q.machine": ("checkpoint", "model", "weights", "recipe"),
     "llama4q.text": ("checkpoint", "model", "config", "weights"),
     "calibrate.gptq": ("model", "checkpoint", "weights", "config", "recipe"),
     "calibrate.hessian": ("model", "checkpoint", "weights", "config", "recipe"),
