@@ -29,6 +29,7 @@ UNKNOWING = {
     "llama4q.text": ("checkpoint", "model", "config", "weights"),
     "calibrate.gptq": ("model", "checkpoint", "weights", "config", "recipe"),
     "calibrate.hessian": ("model", "checkpoint", "weights", "config", "recipe"),
+    "calibrate.eta": ("model", "checkpoint", "weights", "config", "recipe"),
     "calibrate.data": ("model", "checkpoint", "weights", "config"),
     "evals.gate": ("model", "checkpoint", "weights", "config"),
     "evals.report": ("model", "checkpoint", "weights", "config"),
