@@ -1,0 +1,218 @@
+"""What one run holds in memory, piece by piece, from sizes alone.
+
+Stages follow each other, so the peak is the largest one. What is counted per row or per matrix is
+what the code holds at its worst moment; each figure says of what. Knows nothing of budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from llama4q.config import ModelConfig
+from llama4q.recipe import Method, Recipe
+from llama4q.stream import TOKENS_AT_ONCE
+from llama4q.weights import Component
+
+from .layer import POOL_ROWS
+from .target import HALVES
+from .work import Alike, Shape, Texts, tokens, weights_of
+
+ROW, EXACT = 2, 4  # bytes of a value in BF16, of weights and streams, and in F32, of all the rest
+CHECKED = 5  # bytes a value that `isfinite` takes: three booleans, and a copy in BF16
+SKEW = 2.5  # tokens of the busiest expert over the mean
+EXPERTS_IN_PART = 8  # whose codes wait to be written together
+SAMPLED_ROWS = 8192  # kept of each weight's inputs for the spread that shrinkage asks for
+
+# Interpreter, PyTorch and the product libraries' own buffers, tokenizer and text: 0.36 GB before
+# the first token was drawn.
+RUNTIME_BYTES = 600 * 10**6
+
+
+class Place(Enum):
+    """Where a piece lies."""
+
+    HOST = "host"
+    COMPUTE = "compute"  # where products are: the GPU if there is one, else the host
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something in memory, in bytes."""
+
+    name: str
+    nbytes: int
+    place: Place = Place.COMPUTE
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is held at one time, besides the rows of many tokens."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    def nbytes(self, *places: Place) -> int:
+        return sum(piece.nbytes for piece in self.pieces if piece.place in places)
+
+
+# --- rows of many tokens, which may lie in files ---
+
+
+def stores(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Piece]:
+    """One for each set of rows, in the order in which a run makes them."""
+    rows, asked = tokens(texts.calibration), tokens(texts.evaluation)
+    width = config.hidden_size * ROW
+    for stream in ("original", "served"):
+        yield Piece(f"hidden states, {stream}", rows * width, Place.HOST)
+    for stream in ("original", "served"):
+        yield Piece(f"evaluation's hidden states, {stream}", asked * width, Place.HOST)
+    for stream in ("served", "original"):
+        yield Piece(f"outputs of the layer, {stream}", max(rows, asked) * width, Place.HOST)
+    most = max(_activations(config, recipe, index, rows) for index in range(config.num_layers))
+    for stream in ("original", "served"):
+        yield Piece(f"activations before down, {stream}", most * ROW, Place.HOST)
+
+
+def _activations(config: ModelConfig, recipe: Recipe, index: int, rows: int) -> int:
+    """The most values that a layer keeps between gate and down, for the largest of its parts."""
+    sizes = [
+        busiest(alike) * alike.inputs
+        for alike in weights_of(config, index, rows)
+        if alike.lacking
+        and recipe.scheme(alike.component, index, config.num_layers).quantizes
+        and alike.component is not Component.O_PROJ
+    ]
+    return max(sizes, default=0)
+
+
+def busiest(alike: Alike) -> int:
+    """Rows of the expert that sees most of them."""
+    return min(alike.rows, int(SKEW * alike.rows / alike.count))
+
+
+# --- stages ---
+
+
+def stages(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Stage]:
+    """Everything that a run goes through; layers that are alike come again."""
+    always = (
+        Piece("runtime", RUNTIME_BYTES, Place.HOST),
+        Piece("routers of all layers", _router_views(config), Place.HOST),
+    )
+    table = Piece("embedding or head", ROW * config.vocab_size * config.hidden_size)
+    check = Piece("check of what was read", CHECKED * table.nbytes // ROW, Place.HOST)
+    yield Stage("embedding", (*always, table, check))
+    yield Stage("predictions", (*always, table, _predictions(config, texts.windows)))
+    for index in range(config.num_layers):
+        resident = (*always, *_resident(config, index))
+        attention = _attention(config, texts.calibration + texts.evaluation)
+        yield Stage("attention", (*resident, attention))
+        for stage in _solving(config, recipe, index, tokens(texts.calibration)):
+            yield Stage(stage.name, (*resident, *stage.pieces))
+
+
+def _predictions(config: ModelConfig, windows: Sequence[Shape]) -> Piece:
+    """Of one window: logits of both models, in BF16, in F32 and as logarithms, and their KL."""
+    longest = max((length for _, length in windows), default=0)
+    return Piece("predictions of a window", 24 * longest * config.vocab_size)
+
+
+def _router_views(config: ModelConfig) -> int:
+    return EXACT * config.hidden_size * config.num_experts * len(config.moe_layers)
+
+
+def _resident(config: ModelConfig, index: int) -> Iterator[Piece]:
+    """The layer in work and what is read ahead: the next layer, or an expert and the next one."""
+    yield Piece("layer", _layer(config, index))
+    following = min(index + 1, config.num_layers - 1)
+    yield Piece("next layer, read ahead", _layer(config, following), Place.HOST)
+    size = config.dense_size
+    if index in config.moe_layers:
+        size = config.expert_size
+        yield Piece("expert", 3 * ROW * config.hidden_size * size)
+        yield Piece("next expert, read ahead", 3 * ROW * config.hidden_size * size, Place.HOST)
+    yield Piece("check of what is read", CHECKED * 2 * config.hidden_size * size, Place.HOST)
+
+
+def _layer(config: ModelConfig, index: int) -> int:
+    """A layer without its routed experts."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    size = config.dense_size
+    if index in config.moe_layers:
+        heads += config.num_experts
+        size = config.expert_size
+    return ROW * config.hidden_size * (heads + 3 * size)
+
+
+def _attention(config: ModelConfig, shapes: Sequence[Shape]) -> Piece:
+    """One call: 18 bytes a value of the stream, in BF16 and once in F32 for the norm; 24 for each
+    of queries and outputs, rotated in F32, and of keys and values, repeated for all heads."""
+    rows = max(length * max(1, TOKENS_AT_ONCE // length) for _, length in shapes)
+    heads = config.num_heads * config.head_dim
+    return Piece("workspace of the forward", rows * (18 * config.hidden_size + 24 * heads))
+
+
+def _solving(config: ModelConfig, recipe: Recipe, index: int, rows: int) -> Iterator[Stage]:
+    """Both stages of each of a layer's weights: its moments are gathered, then it is solved."""
+    crossed = recipe.solver.correction
+    pooled = recipe.solver.shrinkage and recipe.solver.method is Method.GPTQ
+    for alike in weights_of(config, index, rows):
+        scheme = recipe.scheme(alike.component, index, config.num_layers)
+        if not scheme.quantizes:
+            continue
+        held = [
+            Piece("weight in F32", EXACT * alike.inputs * alike.outputs),
+            Piece("sampled rows", ROW * min(alike.rows, SAMPLED_ROWS) * alike.inputs),
+        ]
+        if scheme.calibrates and recipe.solver.method is Method.GPTQ:
+            held += _moments(alike, crossed)
+        if alike.component is Component.EXPERTS:
+            held += _others(config, alike, pooled)
+            codes = scheme.stored_bytes(alike.inputs, alike.outputs)
+            held.append(Piece("codes to be written", 2 * EXPERTS_IN_PART * codes, Place.HOST))
+        name = f"{alike.component.value} {'down' if alike.lacking else 'gate_up'}"
+        if alike.component is Component.O_PROJ:
+            name = alike.component.value
+        yield Stage(f"{name}: moments", (*held, _forward(config, alike)))
+        yield Stage(f"{name}: codes", (*held, *_solver(alike)))
+
+
+def _moments(alike: Alike, crossed: bool) -> Iterator[Piece]:
+    square = EXACT * alike.inputs**2
+    yield Piece("Hessians of both halves", len(HALVES) * square)
+    if crossed:
+        wide = alike.outputs if alike.lacking else alike.inputs
+        yield Piece("cross moments of both halves", len(HALVES) * EXACT * alike.inputs * wide)
+
+
+def _others(config: ModelConfig, alike: Alike, pooled: bool) -> Iterator[Piece]:
+    """What stands behind experts with few tokens."""
+    yield Piece("sample of all tokens", ROW * POOL_ROWS * config.expert_size * config.hidden_size)
+    if pooled:
+        widths = {config.hidden_size, alike.inputs}  # down's own pool beside the layer's
+        yield Piece("pooled Hessians", EXACT * sum(width**2 for width in widths))
+
+
+def _forward(config: ModelConfig, alike: Alike) -> Piece:
+    """A piece of tokens on its way to a weight, and into its moments.
+
+    Before gate and up: both of them in BF16 and F32 and seven values more, for tokens' weights.
+    Before down: hidden values of both streams and their F32 copies, and what the stream lacks.
+    """
+    rows = min(TOKENS_AT_ONCE, busiest(alike))
+    if alike.lacking:
+        return Piece(
+            "workspace of the forward", rows * (22 * alike.inputs + 24 * config.hidden_size)
+        )
+    return Piece("workspace of the forward", rows * (20 * alike.outputs + 8 * config.hidden_size))
+
+
+def _solver(alike: Alike) -> Iterator[Piece]:
+    """Factoring and solving follow each other: four matrices of the Hessian's shape (in order,
+    damped, lower, upper), or seven of the weight's (aim, target, steps, residual, codes twice, and
+    what a block gathers)."""
+    square, full = EXACT * alike.inputs**2, EXACT * alike.inputs * alike.outputs
+    yield Piece("joined and blended Hessian, its factor", 3 * square)
+    yield Piece("workspace of the solver", max(4 * square, 7 * full))

@@ -1,0 +1,239 @@
+"""What one run will take: memory, disk and time, told before a tensor is read.
+
+The floor is what the arithmetic alone takes at the rates of this machine, while its disk works
+beside it. Sizes come from work.py and footprint.py; what is done with a budget is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llama4q.config import ModelConfig
+from llama4q.machine import Budget, Rates, best_rate
+from llama4q.recipe import Recipe, Solver
+from llama4q.schemes import Scheme
+
+from .eta import Eta, Planned
+from .footprint import Piece, Place, Stage, stages, stores
+from .gptq import BLOCK, choose_scales
+from .lookahead import OUTPUTS_AT_ONCE, Rows, solve_block
+from .work import Amounts, Phase, Texts, Unit, ending_unit, layer_unit
+
+OVERHEAD = 2.0  # times the floor that runs take: elementwise work, and products that are small
+SEARCHED = (8 * BLOCK, OUTPUTS_AT_ONCE)  # the piece of a weight on which both searches are timed
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine does what a plan counts."""
+
+    speeds: Mapping[Phase, float]  # a second, in the unit of each phase
+    read: float  # bytes a second
+    write: float
+
+    def seconds(self, unit: Unit) -> float:
+        """The floor of a unit: the disk works while products are computed."""
+        moved = unit.read / self.read + unit.written / self.write
+        return max(sum(self.by_phase(unit.amounts).values()), moved)
+
+    def by_phase(self, amounts: Amounts) -> dict[Phase, float]:
+        return {phase: amounts[phase] / self.speeds[phase] for phase in Phase if amounts[phase]}
+
+
+def pace(rates: Rates, searches: Mapping[Phase, float], dtype: torch.dtype) -> Pace:
+    """`searches` are the speeds of SCALES and CODES, `dtype` the one in which forwards are."""
+    forward = rates.bf16 if dtype is torch.bfloat16 else rates.f32
+    speeds = {
+        Phase.ORIGINAL: forward,
+        Phase.SERVED: forward,
+        Phase.EVALUATION: forward,
+        Phase.MOMENTS: rates.bf16_factors,
+        Phase.POOL: rates.bf16_factors,
+        Phase.FACTOR: rates.cholesky,
+        Phase.CORRECTION: rates.f32,
+        Phase.PRODUCTS: rates.bf16_factors,
+        Phase.JUDGE: rates.f32,
+        **searches,
+    }
+    return Pace(speeds, rates.read, rates.write)
+
+
+def measure_searches(scheme: Scheme, solver: Solver) -> dict[Phase, float]:
+    """Weights times points, and weights times beams, a second, on a small piece."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SEARCHED, generator=generator)
+    importance = torch.rand(len(weight), generator=generator) + 0.5
+    scales = choose_scales(weight, importance, scheme, 1, signed=True).float()
+    steps = scales.repeat_interleave(len(weight) // len(scales), dim=0)
+    block = Rows(weight[:BLOCK], steps[:BLOCK], importance[:BLOCK], torch.eye(BLOCK))
+
+    def search_scales() -> None:
+        choose_scales(weight, importance, scheme, solver.scale_points, signed=True)
+
+    def search_codes() -> None:
+        solve_block(block.target, block, scheme, solver.beams)
+
+    host = torch.device("cpu")
+    points, beams = weight.numel() * solver.scale_points, block.target.numel() * solver.beams
+    return {
+        Phase.SCALES: best_rate(search_scales, points, host),
+        Phase.CODES: best_rate(search_codes, beams, host),
+    }
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where things lie under a budget."""
+
+    host: int  # bytes at the peak
+    device: int  # 0 without a GPU
+    spilled: tuple[Piece, ...]  # rows of tokens that go to files
+    short: int  # bytes that are missing on the host, even so
+    short_on_device: int
+
+    @property
+    def fits(self) -> bool:
+        return not (self.short or self.short_on_device)
+
+    @property
+    def spilled_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self.spilled)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, in sizes."""
+
+    units: tuple[Unit, ...]  # layers in order, and the ending
+    stages: tuple[Stage, ...]
+    stores: tuple[Piece, ...]  # rows of many tokens, in the order in which they are made
+
+    @property
+    def read(self) -> int:
+        return sum(unit.read for unit in self.units)
+
+    @property
+    def written(self) -> int:
+        return sum(unit.written for unit in self.units)
+
+    @property
+    def amounts(self) -> Amounts:
+        """All that is computed, by phase."""
+        return sum((unit.amounts for unit in self.units), Amounts())
+
+    def floor(self, pace: Pace) -> float:
+        """Seconds."""
+        return sum(pace.seconds(unit) for unit in self.units)
+
+    def largest(self, *places: Place) -> Stage:
+        """The stage that holds most in these places."""
+        return max(self.stages, key=lambda stage: stage.nbytes(*places))
+
+    def eta(self, pace: Pace) -> Eta:
+        units = [Planned(unit.network, unit.schemes, pace.seconds(unit)) for unit in self.units]
+        return Eta(units, OVERHEAD)
+
+    def spool_bytes(self, budget: Budget) -> int:
+        """What a budget leaves on the host for rows of tokens; below 0 when nothing else fits."""
+        places = _on_host(budget)
+        return budget.host - self.largest(*places).nbytes(*places)
+
+    def fits(self, budget: Budget) -> Placement:
+        """Rows of tokens stay in memory in the order in which they are made, while there is room:
+        first hidden states, which each part of a layer reads, last what it keeps for a moment."""
+        left = self.spool_bytes(budget)
+        spilled = []
+        short = max(0, -left)
+        for store in self.stores:
+            if store.nbytes <= left:
+                left -= store.nbytes
+            else:
+                spilled.append(store)
+        on_device = 0
+        if budget.device is not None:
+            on_device = self.largest(Place.COMPUTE).nbytes(Place.COMPUTE)
+        missing = max(0, on_device - (budget.device or 0))
+        return Placement(budget.host - left, on_device, tuple(spilled), short, missing)
+
+    def lines(self, budget: Budget, pace: Pace) -> Iterator[str]:
+        """For the terminal. GB are 10^9 bytes."""
+        placement = self.fits(budget)
+        spilled = placement.spilled_bytes
+        yield f"read   {_gb(self.read)}  of the source, once"
+        yield f"disk   {_gb(self.written)}  for the result"
+        if spilled:
+            yield f"       {_gb(spilled)}  for a while, for rows of tokens beyond memory"
+        yield f"host   {_gb(placement.host)}  {_peak_note(budget.host, placement.short)}"
+        yield from self._pieces(*_on_host(budget))
+        for store in self.stores:
+            where = "in a file" if store in placement.spilled else "in memory"
+            yield f"         {_gb(store.nbytes)}  {store.name}: {where}"
+        if budget.device is not None:
+            note = _peak_note(budget.device, placement.short_on_device)
+            yield f"GPU    {_gb(placement.device)}  {note}"
+            yield from self._pieces(Place.COMPUTE)
+        yield from self._kinds(pace)
+        yield from self._times(pace)
+
+    def _pieces(self, *places: Place) -> Iterator[str]:
+        """Of the stage that holds most."""
+        stage = self.largest(*places)
+        for piece in stage.pieces:
+            if piece.place in places and piece.nbytes:
+                yield f"         {_gb(piece.nbytes)}  {piece.name} ({stage.name})"
+
+    def _kinds(self, pace: Pace) -> Iterator[str]:
+        """What a layer of each kind takes; attention alone may differ between those of one."""
+        kinds = {(unit.network, unit.schemes): unit for unit in self.units}
+        for kind, unit in kinds.items():
+            count = sum((unit.network, unit.schemes) == kind for unit in self.units)
+            yield (
+                f"{count:3} x {unit.network} in {unit.schemes}: read {unit.read / 1e9:.2f} GB, "
+                f"write {unit.written / 1e9:.2f} GB, at least {duration(pace.seconds(unit))}"
+            )
+
+    def _times(self, pace: Pace) -> Iterator[str]:
+        yield f"{'':20}{'amount':>10}{'a second':>10}{'time':>14}"
+        amounts = self.amounts
+        for phase, taken in pace.by_phase(amounts).items():
+            speed = pace.speeds[phase]
+            yield f"{phase.value:20}{amounts[phase]:10.2e}{speed:10.2e}{duration(taken):>14}"
+        moved = self.read / pace.read + self.written / pace.write
+        yield f"{'disk, beside it':20}{self.read + self.written:10.2e}{'':10}{duration(moved):>14}"
+        floor = self.floor(pace)
+        yield f"floor {duration(floor)}, expected about {duration(OVERHEAD * floor)}"
+
+
+def make_plan(config: ModelConfig, recipe: Recipe, texts: Texts, beside: int = 0) -> Plan:
+    """`beside` are the bytes of tensors that are copied and belong to no text model."""
+    layers = [layer_unit(config, recipe, index, texts) for index in range(config.num_layers)]
+    return Plan(
+        (*layers, ending_unit(config, texts, beside)),
+        tuple(stages(config, recipe, texts)),
+        tuple(stores(config, recipe, texts)),
+    )
+
+
+def _on_host(budget: Budget) -> tuple[Place, ...]:
+    return (Place.HOST, Place.COMPUTE) if budget.device is None else (Place.HOST,)
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:8.2f} GB"
+
+
+def _peak_note(allowed: int, short: int) -> str:
+    missing = f": {short / 1e9:.2f} GB too much" if short else ""
+    return f"at the peak, of {allowed / 1e9:.2f} GB{missing}"
+
+
+def duration(seconds: float) -> str:
+    """Two units: "3 h 05 min", "12 min 40 s", "8 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
