@@ -289,13 +289,13 @@ def quantize(
 @contextlib.contextmanager
 def _told_what_stands(folder: Path, layers: int) -> Iterator[None]:
     """Adds to `Stopped` how much of a quantize run is written and how it goes on."""
+    from calibrate.run import layers_written
     from llama4q.checkpoint import INDEX
-    from llama4q.writer import WORK
 
     try:
         yield
     except Stopped as stop:
-        written = len(list((folder / WORK).glob("layer-*.json")))
+        written = layers_written(folder)
         if (folder / INDEX).exists():
             stop.add_note(f"{folder} is finished")
         elif written == layers:

@@ -103,7 +103,7 @@ class Coder:
     ) -> StoredWeight:
         """Codes for the tokens in `pieces`; `parts [N]` says which part of the text each is of."""
         began = time.perf_counter()
-        exact = task.weight.float()
+        exact = task.weight.float().contiguous()
         solves = self.solves(task.scheme)
         halves = None
         if solves:

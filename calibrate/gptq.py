@@ -91,7 +91,7 @@ def choose_scales(
     above. BF16 for integers, F32 with BF16's values for E4M3, whose grid is symmetric.
     """
     largest = absmax_scales(weight, scheme)
-    grouped = weight.view(len(largest), -1, weight.shape[1])
+    grouped = weight.contiguous().view(len(largest), -1, weight.shape[1])
     if signed and scheme.kind is Kind.INT:
         largest = torch.where(grouped.amax(dim=1) > -grouped.amin(dim=1), -largest, largest)
     tried = storable(largest[:, None] * _fractions(scheme, points)[:, None])
@@ -139,8 +139,8 @@ def solve(
     inputs = weight.shape[0]
     group = inputs // scales.shape[0]
     steps = scales.float()
-    residual = torch.empty_like(weight, dtype=factor_dtype())
-    codes = torch.empty_like(weight, dtype=scheme.stored_codes(steps[:0]).dtype)
+    residual = weight.new_empty(weight.shape, dtype=factor_dtype())
+    codes = weight.new_empty(weight.shape, dtype=scheme.stored_codes(steps[:0]).dtype)
     for stop in range(inputs, 0, -BLOCK):
         block = slice(max(0, stop - BLOCK), stop)
         taken = factor.order[block]

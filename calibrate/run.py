@@ -31,7 +31,7 @@ from llama4q.recipe import Recipe, check_recipe, planned
 from llama4q.stream import LayerObserver, check_tokens, embed
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
-from llama4q.writer import CheckpointWriter, refuse_foreign_files, to_json
+from llama4q.writer import WORK, CheckpointWriter, refuse_foreign_files, to_json
 
 from .layer import LayerQuantizer, Part, part_count
 from .progress import Progress
@@ -280,6 +280,11 @@ class LayerParts:
         }
         self.run.writer.write(self.units[number], [*kept, *part.tensors], memory)
         self.began = time.perf_counter()
+
+
+def layers_written(folder: Path) -> int:
+    """How many layers an unfinished run has written as a whole."""
+    return len(list((folder / WORK).glob("layer-?????.json")))
 
 
 def refuse_early(
