@@ -90,7 +90,7 @@ class Silent:
     def rescue(self, rescue: Rescue) -> None:
         print(f"  rescue: {rescue.tensor}: {rescue.kind}: {rescue.detail}")
 
-    def replayed(self, index: int, groups: int) -> None:
+    def replayed(self, part: str, groups: int) -> None:
         del index, groups
 
     def phase(self, what: str) -> None:

@@ -19,7 +19,7 @@ class Progress(Protocol):
     def start(self, groups: int) -> None: ...
     def group(self, report: GroupReport) -> None: ...
     def rescue(self, rescue: Rescue) -> None: ...
-    def replayed(self, index: int, groups: int) -> None: ...
+    def replayed(self, part: str, groups: int) -> None: ...
     def phase(self, what: str) -> None: ...
 
 
@@ -51,8 +51,8 @@ class Bar:
     def rescue(self, rescue: Rescue) -> None:
         self.phase(f"{_short(rescue.tensor):40} {rescue.kind}: {rescue.detail}")
 
-    def replayed(self, index: int, groups: int) -> None:
-        self.phase(f"layer {index} was written before: checked and replayed")
+    def replayed(self, part: str, groups: int) -> None:
+        self.phase(f"{part} was written before: checked and replayed")
         self._bar.update(groups)
 
     def phase(self, what: str) -> None:

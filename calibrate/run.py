@@ -267,7 +267,8 @@ class LayerParts:
         unit = self.run.writer.done(self.units[number])
         if unit is None:
             return None
-        self.run.progress.replayed(self.index, len(unit.memory["groups"]))
+        part = f"layer {self.index}, part {number + 1} of {len(self.units)}"
+        self.run.progress.replayed(part, len(unit.memory["groups"]))
         return self.run.reader_of(unit.files)
 
     def write(self, number: int, part: Part) -> None:

@@ -41,7 +41,7 @@ class Quiet:
     def rescue(self, rescue: Rescue) -> None:
         self.rescues.append(rescue)
 
-    def replayed(self, index: int, groups: int) -> None:
+    def replayed(self, part: str, groups: int) -> None:
         self.replayed_groups += groups
 
     def phase(self, what: str) -> None:

@@ -340,7 +340,7 @@ def test_ctrl_c_says_how_to_go_on(
     )
     again = ran("quantize", source, tmp_path / "out", *QUICK)
     assert again.exit_code == 0
-    assert "layer 0 was written before: checked and replayed" in again.stderr
+    assert "layer 0, part 1 of 2 was written before: checked and replayed" in again.stderr
     assert weights(tmp_path / "out") == weights(output)
 
 
