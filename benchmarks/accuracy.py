@@ -91,7 +91,7 @@ class Silent:
         print(f"  rescue: {rescue.tensor}: {rescue.kind}: {rescue.detail}")
 
     def replayed(self, part: str, groups: int) -> None:
-        del index, groups
+        del part, groups
 
     def phase(self, what: str) -> None:
         del what

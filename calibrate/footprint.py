@@ -210,8 +210,8 @@ def _forward(config: ModelConfig, alike: Alike) -> Piece:
 
 
 def _solver(alike: Alike) -> Iterator[Piece]:
-    """Factoring, correcting and solving follow each other: three matrices of the Hessian's shape (in
-    order, lower, upper), or four of the weight's (what is wanted, its quotient, share and sum)."""
+    """Factoring, correcting and solving follow each other: three matrices of the Hessian's shape
+    (in order, lower, upper), or four of the weight's (what is wanted, its quotient, share, sum)."""
     square, full = EXACT * alike.inputs**2, EXACT * alike.inputs * alike.outputs
     yield Piece("joined and blended Hessian, its factor", 3 * square)
     yield Piece("workspace of the solver", max(3 * square, 4 * full))
