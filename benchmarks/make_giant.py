@@ -35,11 +35,12 @@ from tqdm import tqdm
 
 from benchmarks.pocket.config import PocketConfig, hub_config
 from benchmarks.pocket.export import special_ids
-from llama4q.checkpoint import INDEX, to_json, write_atomically
+from llama4q.checkpoint import INDEX
 from llama4q.config import parse_config, read_config_json
 from llama4q.errors import UserError
 from llama4q.export import side_files
 from llama4q.hub import POCKET_MODEL
+from llama4q.writer import to_json, write_atomically
 
 SCOUT = PocketConfig(
     vocabulary=202_048, hidden=5_120, layers=48, query_heads=40, key_value_heads=8, head=128,

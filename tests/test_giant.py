@@ -147,7 +147,7 @@ def test_experts_share_tokens_unevenly_and_none_is_left_out(
     reader = LayerReader(Checkpoint(folder), config, torch.float32)
     batches = embed(reader.embedding(), [runs.tokens(folder, 32, 128)])
     for index in range(config.num_layers):
-        [routing] = advance(config, reader.layer(index), batches)
+        routing = advance(config, reader.layer(index), batches)
         assert 0.9 < batches[0].square().mean().sqrt() < 3
         if routing is not None:
             counts = torch.bincount(routing.expert, minlength=config.num_experts).float()

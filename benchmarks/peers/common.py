@@ -79,7 +79,7 @@ def hand_back(
     weights. Raises ValueError unless it holds every feed-forward linear and nothing else.
     `started_with` is peak_bytes() after the imports.
     """
-    source = {}
+    source: dict[str, Any] = {}
     for file in sorted(assignment.source.glob("*.safetensors")):
         source |= load_file(str(file))
     result = _replaced(source, dict(decoded))
