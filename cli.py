@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from calibrate.data import CalibrationSet
+    from calibrate.plan import Pace
     from calibrate.run import Outcome
+    from calibrate.work import Texts
     from evals.questions import Questions
     from llama4q.config import ModelConfig
     from llama4q.hub import Source
-    from llama4q.recipe import Calibration
+    from llama4q.machine import Budget
+    from llama4q.recipe import Calibration, Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -184,6 +187,12 @@ def inspect(source: str, as_json: bool) -> None:
     "--method", type=click.Choice(["gptq", "rtn"]),
     help="How INT codes are found; rtn rounds to nearest, to compare with.  [default: gptq]",
 )  # fmt: skip
+@click.option(
+    "--memory", metavar="HOST",
+    help="What the run may use of this machine, as in 16GB. With little of it hidden states lie in "
+    "files; the result is the same.  [default: nine tenths of what is free]",
+)  # fmt: skip
+@click.option("--plan", "only_plan", is_flag=True, help="Say what the run will take, and stop.")
 @click.option("--gpu", default=GPU, show_default=True, help="The device of the fit line.")
 @evaluation_options
 def quantize(
@@ -196,6 +205,8 @@ def quantize(
     seed: int | None,
     candidates: int | None,
     method: str | None,
+    memory: str | None,
+    only_plan: bool,
     gpu: str,
     dtype: str,
     as_json: bool,
@@ -203,9 +214,10 @@ def quantize(
 ) -> None:
     """Quantize SOURCE into the folder DESTINATION and report what it cost.
 
-    One decoder layer is in memory at a time. A run that was stopped goes on where it was when the
-    command is repeated. Without SOURCE the pocket model that comes with llama4q is taken; without
-    DESTINATION the folder is named after source and recipe.
+    One expert of one decoder layer is in memory at a time. A run that was stopped goes on where it
+    was when the command is repeated; --plan tells beforehand what it takes. Without SOURCE the
+    pocket model that comes with llama4q is taken; without DESTINATION the folder is named after
+    source and recipe.
 
     \b
     llama4q quantize meta-llama/Llama-4-Scout-17B-16E-Instruct scout-int4 --recipe int4
@@ -218,11 +230,13 @@ def quantize(
     from calibrate.coverage import coverage
     from calibrate.data import calibration_tokens
     from calibrate.mix import parse_mix
+    from calibrate.plan import check_memory, plan_for
     from calibrate.progress import Bar
     from calibrate.run import DTYPES, Job, refuse_early
     from calibrate.run import quantize as run
     from evals.evaluation import Evaluation
     from evals.report import render
+    from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.hub import POCKET, resolve
     from llama4q.recipe import adjusted, check_schemes, load_recipe
@@ -247,8 +261,14 @@ def quantize(
         mix, tokenizer,
         samples=settings.samples * settings.candidates, length=settings.length, seed=settings.seed,
     )  # fmt: skip
-    drawn = _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
     questions = _questions(tokenizer, **measured_on)
+    budget = _budget(memory)
+    plan = plan_for(Checkpoint(original.folder), config, chosen, _texts(drawn, questions))
+    if only_plan:
+        click.echo("\n".join(plan.lines(budget, _pace(original.folder, folder, chosen, dtype))))
+        return
+    room = check_memory(plan, budget, memory is not None)
+    drawn = _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
     job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype])
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
@@ -278,12 +298,49 @@ def quantize(
             "seconds": {"total": outcome.seconds},
         }
 
-    with Bar() as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions), bar, report)
+    with Bar(plan.expected()) as bar, _told_what_stands(folder, config.num_layers):
+        finished = run(job, Evaluation(config, questions), bar, report, room)
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
+
+
+def _budget(memory: str | None) -> Budget:
+    """What a run may use: as named, else nine tenths of what is free."""
+    from llama4q.machine import Budget, free_memory, parse_memory
+
+    return parse_memory(memory) if memory else Budget(free_memory() * 9 // 10)
+
+
+def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
+    """All sequences that will travel through the layers."""
+    from calibrate.work import Texts
+    from evals import retrieval
+
+    def shapes(batches: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+        return tuple((batch.shape[0], batch.shape[1]) for batch in batches)
+
+    return Texts(
+        shapes(drawn.tokens),
+        shapes([questions.windows]),
+        shapes(retrieval.batches(questions.prompts)),
+    )
+
+
+def _pace(source: Path, destination: Path, recipe: Recipe, dtype: str) -> Pace:
+    """How fast this machine is, measured in a few seconds."""
+    from calibrate.plan import measure_searches, pace
+    from calibrate.run import DTYPES
+    from llama4q.machine import measure_rates
+    from llama4q.schemes import SCHEMES
+
+    click.echo("Measuring this machine ...", err=True)
+    existing = next(path for path in destination.absolute().parents if path.exists())
+    shard = next(iter(sorted(source.glob("*.safetensors"))))
+    searched = next((one for one in recipe.schemes.values() if one.calibrates), SCHEMES["int4"])
+    rates, searches = measure_rates(shard, existing), measure_searches(searched, recipe.solver)
+    return pace(rates, searches, DTYPES[dtype])
 
 
 @contextlib.contextmanager

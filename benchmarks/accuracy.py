@@ -93,6 +93,9 @@ class Silent:
     def replayed(self, part: str, groups: int) -> None:
         del part, groups
 
+    def layer(self, seconds: float | None) -> None:
+        del seconds
+
     def phase(self, what: str) -> None:
         del what
 

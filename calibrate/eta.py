@@ -35,6 +35,11 @@ class Eta:
         self._planned: dict[tuple[str, ...], float] = {}
         self._taken: dict[tuple[str, ...], float] = {}
 
+    @property
+    def learned(self) -> bool:
+        """Whether any unit's time is known."""
+        return bool(self._taken)
+
     def finished(self, seconds: float) -> None:
         """The next unit is done."""
         unit = self._waiting.pop()

@@ -12,7 +12,7 @@ from enum import Enum
 
 from llama4q.config import ModelConfig
 from llama4q.recipe import Method, Recipe
-from llama4q.stream import TOKENS_AT_ONCE
+from llama4q.stream import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 from llama4q.weights import Component
 
 from .layer import POOL_ROWS
@@ -114,9 +114,9 @@ def stages(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Stage]
 
 
 def _predictions(config: ModelConfig, windows: Sequence[Shape]) -> Piece:
-    """Of one window: logits of both models, in BF16, in F32 and as logarithms, and their KL."""
+    """Of some positions: logits of both models, in BF16, F32 and as logarithms, and their KL."""
     longest = max((length for _, length in windows), default=0)
-    return Piece("predictions of a window", 24 * longest * config.vocab_size)
+    return Piece("predictions", 24 * min(longest, POSITIONS_AT_ONCE) * config.vocab_size)
 
 
 def _router_views(config: ModelConfig) -> int:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from llama4q.checkpoint import Checkpoint
 from llama4q.config import ModelConfig
+from llama4q.errors import UserError
 from llama4q.machine import Budget, Rates, best_rate
 from llama4q.recipe import Recipe, Solver
 from llama4q.schemes import Scheme
@@ -20,8 +22,18 @@ from .eta import Eta, Planned
 from .footprint import Piece, Place, Stage, stages, stores
 from .gptq import BLOCK, choose_scales
 from .lookahead import OUTPUTS_AT_ONCE, Rows, solve_block
-from .work import Amounts, Phase, Texts, Unit, ending_unit, layer_unit
+from .work import (
+    Amounts,
+    Phase,
+    Texts,
+    Unit,
+    ending_unit,
+    layer_bytes,
+    layer_unit,
+    outside_bytes,
+)
 
+NOMINAL = 1e12  # amounts a second: cancels out between units that are alike
 OVERHEAD = 2.0  # times the floor that runs take: elementwise work, and products that are small
 SEARCHED = (8 * BLOCK, OUTPUTS_AT_ONCE)  # the piece of a weight on which both searches are timed
 
@@ -124,6 +136,13 @@ class Plan:
         """All that is computed, by phase."""
         return sum((unit.amounts for unit in self.units), Amounts())
 
+    def expected(self) -> list[Planned]:
+        """The units for an Eta, which learns how fast the machine is from the first ones."""
+        return [
+            Planned(unit.network, unit.schemes, unit.amounts.total() / NOMINAL)
+            for unit in self.units
+        ]
+
     def floor(self, pace: Pace) -> float:
         """Seconds."""
         return sum(pace.seconds(unit) for unit in self.units)
@@ -215,6 +234,31 @@ def make_plan(config: ModelConfig, recipe: Recipe, texts: Texts, beside: int = 0
         tuple(stages(config, recipe, texts)),
         tuple(stores(config, recipe, texts)),
     )
+
+
+def plan_for(source: Checkpoint, config: ModelConfig, recipe: Recipe, texts: Texts) -> Plan:
+    """The plan for a source whose headers have been read."""
+    text = outside_bytes(config) + sum(
+        layer_bytes(config, index) for index in range(config.num_layers)
+    )
+    return make_plan(config, recipe, texts, max(0, source.nbytes - text))
+
+
+def check_memory(plan: Plan, budget: Budget, named: bool) -> float:
+    """What the budget leaves for rows of tokens, in bytes; `named` says that a person chose it.
+
+    Raises UserError when a run needs more, whatever goes to files.
+    """
+    placement = plan.fits(budget)
+    if placement.short:
+        needed = (budget.host + placement.short) / 1e9
+        given = "--memory gives it" if named else "no more is free than"
+        largest = plan.largest(*_on_host(budget)).name
+        raise UserError(
+            f"memory: the run needs {needed:.1f} GB of the host at its peak ({largest}), and "
+            f"{given} {budget.host / 1e9:.1f} GB; free some, or take a machine that has more"
+        )
+    return plan.spool_bytes(budget)
 
 
 def _on_host(budget: Budget) -> tuple[Place, ...]:

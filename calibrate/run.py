@@ -161,16 +161,21 @@ class Run:
         del embedding
         indices = range(self.config.num_layers)
         for index, layer in zip(indices, prefetched(original.layer, indices), strict=True):
-            self._layer(layer, streams)
+            began = time.perf_counter()
+            new = self._layer(layer, streams)
             self.observer.layer(layer, self._read_back(index))
+            self.progress.layer(time.perf_counter() - began if new else None)
         self._write_rest()
         if self.writer.done(EVIDENCE) is None:
             self.progress.phase("comparing the predictions of both models")
             head = original.head()  # not quantized, so it serves both
             self.writer.write(EVIDENCE, [], self.observer.finish(head, head))
 
-    def _layer(self, layer: DecoderLayer, streams: Streams) -> None:
-        """Both streams through a layer, whose parts are found and written unless they are there."""
+    def _layer(self, layer: DecoderLayer, streams: Streams) -> bool:
+        """Both streams through a layer, whose parts are found and written unless they are there.
+
+        Whether none of them was.
+        """
         index = layer.index
         quantizer = LayerQuantizer(
             self.config,
@@ -180,7 +185,8 @@ class Run:
             self.progress.group,
             self.progress.rescue,
         )
-        counts = quantizer.quantize(streams, LayerParts(self, index))
+        parts = LayerParts(self, index)
+        counts = quantizer.quantize(streams, parts)
         *_, whole = self.layer_units(index)
         if self.writer.done(whole) is None:
             memory = {
@@ -189,6 +195,7 @@ class Run:
                 "hidden_error": stream_error(streams.plain, streams.served),
             }
             self.writer.record(whole, {}, memory)
+        return not parts.replayed
 
     def kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a layer (None: of no layer) that are copied bit for bit."""
@@ -239,7 +246,7 @@ class Run:
                 evidence=dict(self.writer.recorded(EVIDENCE).memory),
                 checked=checked,
                 files=files,
-                quantized_bytes=sum(info.nbytes for info in written.infos.values()),
+                quantized_bytes=written.nbytes,
                 seconds=seconds,
             )
         )
@@ -262,11 +269,13 @@ class LayerParts:
         self.run, self.index = run, index
         *self.units, _ = run.layer_units(index)
         self.began = time.perf_counter()
+        self.replayed = False
 
     def written(self, number: int) -> LayerReader | None:
         unit = self.run.writer.done(self.units[number])
         if unit is None:
             return None
+        self.replayed = True
         part = f"layer {self.index}, part {number + 1} of {len(self.units)}"
         self.run.progress.replayed(part, len(unit.memory["groups"]))
         return self.run.reader_of(unit.files)

@@ -16,7 +16,7 @@ from llama4q.errors import UserError
 from llama4q.hidden import Spool, Store
 from llama4q.model import DecoderLayer, Head, Routing, logits
 from llama4q.prefetch import prefetched
-from llama4q.stream import advance, embed
+from llama4q.stream import POSITIONS_AT_ONCE, advance, embed
 from llama4q.weights import LayerReader
 
 from . import retrieval
@@ -66,10 +66,13 @@ class Evaluation:
     ) -> dict[str, Any]:
         collected = Likelihood()
         for window in self.questions.windows:
+            parts = [
+                part.split(POSITIONS_AT_ONCE)
+                for part in (next(plain)[:-1], next(served)[:-1], window[1:])
+            ]
             collected.add(
-                _scores(self.config, original, next(plain)[:-1]),
-                _scores(self.config, quantized, next(served)[:-1]),
-                window[1:],
+                (_scores(self.config, original, x), _scores(self.config, quantized, y), targets)
+                for x, y, targets in zip(*parts, strict=True)
             )
         return collected.summary(self.questions.digest)
 

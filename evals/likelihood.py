@@ -7,12 +7,16 @@ Knows nothing of models or files.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from .statistics import clustered_mean, percentile, perplexity
+
+# both models' logits `[T, vocabulary]` and the tokens `[T]` that came
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Likelihood:
@@ -24,17 +28,15 @@ class Likelihood:
         self.divergence: list[torch.Tensor] = []
         self.agree: list[torch.Tensor] = []
 
-    def add(self, original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> None:
-        """One window: both models' logits `[T, vocabulary]` and the tokens `[T]` that came."""
-        plain = functional.log_softmax(original.float(), dim=-1)
-        served = functional.log_softmax(quantized.float(), dim=-1)
-        self.original.append(-plain.gather(1, targets[:, None]).squeeze(1))
-        self.quantized.append(-served.gather(1, targets[:, None]).squeeze(1))
-        # KL is never below 0; F32 rounding may make it so by about 1e-7
-        self.divergence.append(
-            functional.kl_div(served, plain, log_target=True, reduction="none").sum(1)
-        )
-        self.agree.append((plain.argmax(1) == served.argmax(1)).float())
+    def add(self, pieces: Iterable[Piece]) -> None:
+        """One window, in pieces of which only one need be in memory."""
+        compared = [_compared(*piece) for piece in pieces]
+        for all_windows, parts in zip(
+            (self.original, self.quantized, self.divergence, self.agree),
+            zip(*compared, strict=True),
+            strict=True,
+        ):
+            all_windows.append(torch.cat(parts))
 
     def summary(self, digest: str) -> dict[str, Any]:
         """JSON for the report; `digest` names the tokens."""
@@ -58,3 +60,18 @@ class Likelihood:
             "kl_p99": percentile(torch.cat(self.divergence), 99),
             "top1_agreement": clustered_mean(self.agree).value,
         }
+
+
+def _compared(
+    original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Of each token: both losses, the divergence, and whether the arg max is the same."""
+    plain = functional.log_softmax(original.float(), dim=-1)
+    served = functional.log_softmax(quantized.float(), dim=-1)
+    return (
+        -plain.gather(1, targets[:, None]).squeeze(1),
+        -served.gather(1, targets[:, None]).squeeze(1),
+        # KL is never below 0; F32 rounding may make it so by about 1e-7
+        functional.kl_div(served, plain, log_target=True, reduction="none").sum(1),
+        (plain.argmax(1) == served.argmax(1)).float(),
+    )

@@ -80,6 +80,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self.infos)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(info.nbytes for info in self.infos.values())
+
     def info(self, name: str) -> TensorInfo:
         """Raises UserError when the checkpoint has no such tensor."""
         try:

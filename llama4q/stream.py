@@ -28,6 +28,7 @@ from .model import (
 )
 
 TOKENS_AT_ONCE = 8192  # bounds the workspace of one forward call, not its result
+POSITIONS_AT_ONCE = 256  # of whose predictions the whole vocabulary's logits are in memory
 
 
 class LayerObserver(Protocol):

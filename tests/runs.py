@@ -29,6 +29,7 @@ class Quiet:
         self.groups: list[GroupReport] = []
         self.rescues: list[Rescue] = []
         self.replayed_groups = 0
+        self.layers: list[float | None] = []
         self.phases: list[str] = []
         self.total = 0
 
@@ -43,6 +44,9 @@ class Quiet:
 
     def replayed(self, part: str, groups: int) -> None:
         self.replayed_groups += groups
+
+    def layer(self, seconds: float | None) -> None:
+        self.layers.append(seconds)
 
     def phase(self, what: str) -> None:
         self.phases.append(what)

@@ -139,7 +139,7 @@ def divergence(scene: Scene, checkpoint: Checkpoint) -> float:
             windows.tokens, streams[0][0], streams[1][0], strict=True
         ):
             scores = [logits(scene.config, head, hidden[:-1]) for hidden in (original, other)]
-            collected.add(scores[0], scores[1], window[1:])
+            collected.add([(scores[0], scores[1], window[1:])])
     return float(collected.summary("")["kl_mean"])
 
 
