@@ -141,6 +141,7 @@ def defines(beams: int, float8: bool) -> list[str]:
         "MOST_ROWS": MOST_ROWS,
         "LANES": LANES,
         "SORT": _network(beams),
+        "PICK": _tree(beams),
     }
     return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -184,4 +185,13 @@ def _network(count: int) -> str:
                 break
             distance, half, rest = half - gap, half // 2, gap
         gap //= 2
+    return " ".join(calls)
+
+
+def _tree(count: int) -> str:
+    """Selections that leave the one of `count` items that a number names in the first place."""
+    calls = []
+    for bit in range((count - 1).bit_length()):
+        step = 1 << bit
+        calls += [f"SELECT({one},{one + step},{bit})" for one in range(0, count - step, 2 * step)]
     return " ".join(calls)
