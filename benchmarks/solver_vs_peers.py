@@ -128,21 +128,18 @@ def compare(inputs: int, outputs: int, peers: Path, folder: Path) -> dict[str, t
 
 
 def print_table(results: dict[str, dict[str, tuple[float, float]]]) -> None:
-    print(
-        f"| {torch.get_num_threads()} thread | "
-        + " | ".join(f"{name}: CPU s | loss" for name in results)
-        + " | together: CPU s | of llama4q's 8 beams |"
-    )
+    columns = [f"{name}: CPU s | loss" for name in results]
+    print("| | " + " | ".join([*columns, "together: CPU s", "of llm-compressor's"]) + " |")
     print("|---" * (2 * len(results) + 3) + "|")
-    sums = {c.name: sum(found[c.name][0] for found in results.values()) for c in CONTESTANTS}
-    for contestant in CONTESTANTS:
+    first = CONTESTANTS[0].name
+    sums = {one.name: sum(found[one.name][0] for found in results.values()) for one in CONTESTANTS}
+    for name, whole in sums.items():
         cells = []
         for found in results.values():
-            seconds, lost = found[contestant.name]
-            cells += [f"{seconds:.1f}", f"{lost / found['llm-compressor'][1]:.3f}"]
-        whole = sums[contestant.name]
-        cells += [f"{whole:.1f}", f"{whole / sums['llama4q, 8 beams']:.1f}"]
-        print(f"| {contestant.name} | " + " | ".join(cells) + " |")
+            seconds, lost = found[name]
+            cells += [f"{seconds:.1f}", f"{lost / found[first][1]:.3f}"]
+        cells += [f"{whole:.1f}", f"{whole / sums[first]:.2f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
