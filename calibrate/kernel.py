@@ -35,7 +35,7 @@ LANES = 16  # outputs at a time
 
 @dataclass(frozen=True)
 class Kernel:
-    """The loops for one grid and number of beams. All tensors are F32 and contiguous."""
+    """The loops for one grid and number of beams. All tensors are F32."""
 
     library: ctypes.CDLL
     least: float
@@ -51,25 +51,28 @@ class Kernel:
     ) -> torch.Tensor:
         """lookahead.solve_block for `[B, O]`, B at most MOST_ROWS."""
         assert len(wanted) <= MOST_ROWS
-        codes = torch.empty_like(wanted)
-        tensors = (wanted, target, steps, importance, correction, codes)
-        self._in_parts(self.library.solve_block, tensors, wanted.shape)
-        return codes
+        given = (wanted, target, steps, importance, correction)
+        return self._in_parts(self.library.solve_block, given, len(wanted), wanted.shape)
 
     def scale_errors(
         self, weight: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
         """gptq.scale_errors: `[points, O]` for the `[group, O]` of one group."""
-        errors = torch.zeros_like(scales)
+        given = (weight, importance, scales)
         sizes = (*weight.shape, len(scales))
-        self._in_parts(self.library.scale_errors, (weight, importance, scales, errors), sizes)
-        return errors
+        return self._in_parts(self.library.scale_errors, given, len(scales), sizes)
 
     def _in_parts(
-        self, work: Callable[..., None], tensors: tuple[torch.Tensor, ...], sizes: tuple[int, ...]
-    ) -> None:
-        """Some outputs in each thread: ctypes lets go of the interpreter."""
-        assert all(tensor.is_contiguous() for tensor in tensors)
+        self,
+        work: Callable[..., None],
+        given: tuple[torch.Tensor, ...],
+        rows: int,
+        sizes: tuple[int, ...],
+    ) -> torch.Tensor:
+        """What `work` finds, `[rows, O]`, some outputs in each thread: ctypes frees the GIL."""
+        outputs = sizes[1]
+        found = torch.zeros(rows, outputs)
+        tensors = [tensor.contiguous() for tensor in (*given, found)]
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
         numbers = [ctypes.c_long(size) for size in sizes]
         grid = (ctypes.c_float(self.least), ctypes.c_float(self.most))
@@ -77,12 +80,13 @@ class Kernel:
         def run(part: range) -> None:
             work(*pointers, *numbers, ctypes.c_long(part.start), ctypes.c_long(part.stop), *grid)
 
-        parts = _parts(sizes[1], torch.get_num_threads())
+        parts = _parts(outputs, torch.get_num_threads())
         if len(parts) == 1:
             run(parts[0])
-            return
-        with ThreadPoolExecutor(len(parts)) as threads:
-            list(threads.map(run, parts))
+        else:
+            with ThreadPoolExecutor(len(parts)) as threads:
+                list(threads.map(run, parts))
+        return found
 
 
 def _parts(outputs: int, count: int) -> list[range]:
