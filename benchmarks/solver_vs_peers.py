@@ -76,7 +76,7 @@ def ours(folder: Path, beams: int) -> None:
     weight = torch.from_numpy(numpy.load(folder / "weight.npy"))
     hessian = torch.from_numpy(numpy.load(folder / "hessian.npy"))
     settings, scheme = Solver(), SCHEMES["int4"]
-    description()
+    description(beams)  # compiles and loads
     began = time.process_time()
     factor = factorize(hessian, settings.damping, settings.act_order)
     assert factor is not None

@@ -35,7 +35,7 @@ LANES = 16  # outputs at a time
 
 @dataclass(frozen=True)
 class Kernel:
-    """The loops for one grid and number of beams. All tensors are F32."""
+    """The loops for one grid and number of beams, in F32."""
 
     library: ctypes.CDLL
     least: float
@@ -72,7 +72,7 @@ class Kernel:
         """What `work` finds, `[rows, O]`, some outputs in each thread: ctypes frees the GIL."""
         outputs = sizes[1]
         found = torch.zeros(rows, outputs)
-        tensors = [tensor.contiguous() for tensor in (*given, found)]
+        tensors = [tensor.float().contiguous() for tensor in (*given, found)]
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
         numbers = [ctypes.c_long(size) for size in sizes]
         grid = (ctypes.c_float(self.least), ctypes.c_float(self.most))
@@ -107,9 +107,11 @@ def kernel(scheme: Scheme, beams: int, device: torch.device) -> Kernel | None:
     return Kernel(library, *bounds)
 
 
-def description() -> str:
-    """What runs the inner loops on this machine, for a report."""
-    library = _library(_compiler(), 1, False)
+def description(beams: int) -> str:
+    """What runs the search on this machine, for a report."""
+    if beams > MOST_BEAMS:
+        return f"PyTorch, as the C kernel takes at most {MOST_BEAMS} beams"
+    library = _library(_compiler(), beams, False)
     if isinstance(library, str):
         return f"PyTorch, as the C kernel could not be had: {library}"
     return "C kernel"

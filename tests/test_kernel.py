@@ -36,7 +36,7 @@ def test_the_same_codes(name: str, beams: int, monkeypatch: pytest.MonkeyPatch) 
     """But for sequences that cost nearly the same, where the order of a sum decides."""
     scheme = SCHEMES[name]
     wanted, rows = a_block(scheme)
-    assert kernel.kernel(scheme, beams, wanted.device) is not None, kernel.description()
+    assert kernel.kernel(scheme, beams, wanted.device) is not None, kernel.description(beams)
     compiled = solve_block(wanted, rows, scheme, beams)
     monkeypatch.setenv("CC", "no-such-compiler")
     assert kernel.kernel(scheme, beams, wanted.device) is None
@@ -97,9 +97,10 @@ def test_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_report_can_say_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernel.description() == "C kernel"
+    assert kernel.description(8) == "C kernel"
+    assert "16 beams" in kernel.description(17)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert "PyTorch" in kernel.description()
-    assert "no-such-compiler" in kernel.description()
+    assert "PyTorch" in kernel.description(8)
+    assert "no-such-compiler" in kernel.description(8)
     monkeypatch.setenv("CC", f"{sys.executable} -c exit(3)")
-    assert "exit status 3" in kernel.description()
+    assert "exit status 3" in kernel.description(8)
