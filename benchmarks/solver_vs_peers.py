@@ -144,7 +144,7 @@ def print_table(results: dict[str, dict[str, tuple[float, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4, 8))  # whole groups
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="default: %(default)s")
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--beams", type=int, default=8, help=argparse.SUPPRESS)
