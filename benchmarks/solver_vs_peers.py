@@ -76,7 +76,7 @@ def ours(folder: Path, beams: int) -> None:
     weight = torch.from_numpy(numpy.load(folder / "weight.npy"))
     hessian = torch.from_numpy(numpy.load(folder / "hessian.npy"))
     settings, scheme = Solver(), SCHEMES["int4"]
-    description()
+    description(beams)  # compiles and loads
     began = time.process_time()
     factor = factorize(hessian, settings.damping, settings.act_order)
     assert factor is not None
@@ -128,26 +128,23 @@ def compare(inputs: int, outputs: int, peers: Path, folder: Path) -> dict[str, t
 
 
 def print_table(results: dict[str, dict[str, tuple[float, float]]]) -> None:
-    print(
-        f"| {torch.get_num_threads()} thread | "
-        + " | ".join(f"{name}: CPU s | loss" for name in results)
-        + " | together: CPU s | of llama4q's 8 beams |"
-    )
+    columns = [f"{name}: CPU s | loss" for name in results]
+    print("| | " + " | ".join([*columns, "together: CPU s", "of llm-compressor's"]) + " |")
     print("|---" * (2 * len(results) + 3) + "|")
-    sums = {c.name: sum(found[c.name][0] for found in results.values()) for c in CONTESTANTS}
-    for contestant in CONTESTANTS:
+    first = CONTESTANTS[0].name
+    sums = {one.name: sum(found[one.name][0] for found in results.values()) for one in CONTESTANTS}
+    for name, whole in sums.items():
         cells = []
         for found in results.values():
-            seconds, lost = found[contestant.name]
-            cells += [f"{seconds:.1f}", f"{lost / found['llm-compressor'][1]:.3f}"]
-        whole = sums[contestant.name]
-        cells += [f"{whole:.1f}", f"{whole / sums['llama4q, 8 beams']:.1f}"]
-        print(f"| {contestant.name} | " + " | ".join(cells) + " |")
+            seconds, lost = found[name]
+            cells += [f"{seconds:.1f}", f"{lost / found[first][1]:.3f}"]
+        cells += [f"{whole:.1f}", f"{whole / sums[first]:.2f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4, 8))  # whole groups
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="default: %(default)s")
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--beams", type=int, default=8, help=argparse.SUPPRESS)

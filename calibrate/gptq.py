@@ -59,7 +59,7 @@ def factorize(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor 
     if not mean > 0:
         return None
     order = torch.argsort(diagonal, stable=True) if act_order else _back_to_front(len(diagonal))
-    permuted = hessian[order][:, order]
+    permuted = hessian.index_select(0, order).index_select(1, order)
     for attempt in range(DAMPING_RETRIES + 1):
         tried = damping * 10**attempt
         damped = permuted.clone()

@@ -10,6 +10,7 @@ each other: lanes never meet, and what one lane needs is computed by all, withou
 enum { STRIP = 16 }; /* rows between two large products */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
+typedef int Words __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
 typedef struct { _Alignas(4 * LANES) float at[LANES]; } Row;
 typedef struct { _Alignas(4 * LANES) float at[BEAMS][LANES]; } Floats; /* one row of all beams */
 typedef struct { _Alignas(4 * LANES) int at[BEAMS][LANES]; } Ints;
@@ -43,13 +44,18 @@ ALWAYS float second_nearest(float value, float near, Grid grid) {
     return second < grid.least || second > grid.most ? near : second;
 }
 
-/* to[beam] = from[which[beam]], lane by lane. */
-ALWAYS void pick(Floats *to, const Floats *from, const Ints *which) {
-    EACH_BEAM EACH_LANE to->at[beam][lane] = from->at[which->at[beam][lane]][lane];
-}
-
-ALWAYS void pick_ints(Ints *to, const Ints *from, const Ints *which) {
-    EACH_BEAM EACH_LANE to->at[beam][lane] = from->at[which->at[beam][lane]][lane];
+/* to[beam] = from[which[beam]], lane by lane. PICK, which kernel.py writes for this number of beams,
+   is a tree of selections, one level for each bit of `which`: half the time of gather loads. */
+ALWAYS void pick(void *to, const void *from, const Ints *which) {
+    Words found[BEAMS];
+    EACH_BEAM {
+        Words name = *(const Words *)which->at[beam], left[BEAMS];
+        memcpy(left, from, sizeof left);
+#define SELECT(one, other, bit) left[one] ^= (left[one] ^ left[other]) & (name << (31 - bit) >> 31);
+        PICK
+        found[beam] = left[0];
+    }
+    memcpy(to, found, sizeof found);
 }
 
 /* Smaller keys to `low`, larger ones to `high`. */
@@ -116,8 +122,7 @@ ALWAYS void round_row(Race *race, int row, int start, const float *correction, l
     if (BEAMS > 1) {
         choose(&race->cost, &which, &exact, step, importance, grid);
         EACH_BEAM EACH_LANE parent->at[beam][lane] = which.at[beam][lane] >> 1;
-        Floats before = exact;
-        pick(&exact, &before, parent);
+        pick(&exact, &exact, parent);
     }
     EACH_BEAM EACH_LANE {
         float value = exact.at[beam][lane], near = nearest(value, grid);
@@ -127,10 +132,9 @@ ALWAYS void round_row(Race *race, int row, int start, const float *correction, l
         residual->at[beam][lane] = target[lane] - taken * step[lane];
     }
     for (int other = start; other < row; other++) {
-        Floats picked = race->ahead[other];
-        if (BEAMS > 1) pick(&picked, &race->ahead[other], parent);
-        add(&picked, correction[other * stride + row], residual);
-        race->ahead[other] = picked;
+        Floats *ahead = &race->ahead[other];
+        if (BEAMS > 1) pick(ahead, ahead, parent);
+        add(ahead, correction[other * stride + row], residual);
     }
 }
 
@@ -140,22 +144,17 @@ ALWAYS void leave_strip(Race *race, int start, int stop, const float *correction
     EACH_BEAM EACH_LANE origin.at[beam][lane] = beam;
     for (int row = start; row < stop; row++) {
         pick(&race->path[row - start], &race->residual[row - start], &origin);
-        if (BEAMS > 1) {
-            Ints after = origin;
-            pick_ints(&origin, &race->parent[row], &after);
-        }
+        if (BEAMS > 1) pick(&origin, &race->parent[row], &origin);
     }
     for (int row = 0; row < start; row++) {
-        Floats now = race->ahead[row];
-        if (BEAMS > 1) pick(&now, &race->ahead[row], &origin);
         Lanes sum[BEAMS];
-        EACH_BEAM sum[beam] = *(Lanes *)now.at[beam];
+        pick(sum, &race->ahead[row], &origin);
         for (int other = start; other < stop; other++) {
             const Lanes *path = (const Lanes *)race->path[other - start].at;
             float factor = correction[row * stride + other];
             EACH_BEAM sum[beam] += factor * path[beam];
         }
-        EACH_BEAM *(Lanes *)race->ahead[row].at[beam] = sum[beam];
+        memcpy(&race->ahead[row], sum, sizeof sum);
     }
 }
 

@@ -35,7 +35,7 @@ LANES = 16  # outputs at a time
 
 @dataclass(frozen=True)
 class Kernel:
-    """The loops for one grid and number of beams. All tensors are F32 and contiguous."""
+    """The loops for one grid and number of beams, in F32."""
 
     library: ctypes.CDLL
     least: float
@@ -51,25 +51,28 @@ class Kernel:
     ) -> torch.Tensor:
         """lookahead.solve_block for `[B, O]`, B at most MOST_ROWS."""
         assert len(wanted) <= MOST_ROWS
-        codes = torch.empty_like(wanted)
-        tensors = (wanted, target, steps, importance, correction, codes)
-        self._in_parts(self.library.solve_block, tensors, wanted.shape)
-        return codes
+        given = (wanted, target, steps, importance, correction)
+        return self._in_parts(self.library.solve_block, given, len(wanted), wanted.shape)
 
     def scale_errors(
         self, weight: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
         """gptq.scale_errors: `[points, O]` for the `[group, O]` of one group."""
-        errors = torch.zeros_like(scales)
+        given = (weight, importance, scales)
         sizes = (*weight.shape, len(scales))
-        self._in_parts(self.library.scale_errors, (weight, importance, scales, errors), sizes)
-        return errors
+        return self._in_parts(self.library.scale_errors, given, len(scales), sizes)
 
     def _in_parts(
-        self, work: Callable[..., None], tensors: tuple[torch.Tensor, ...], sizes: tuple[int, ...]
-    ) -> None:
-        """Some outputs in each thread: ctypes lets go of the interpreter."""
-        assert all(tensor.is_contiguous() for tensor in tensors)
+        self,
+        work: Callable[..., None],
+        given: tuple[torch.Tensor, ...],
+        rows: int,
+        sizes: tuple[int, ...],
+    ) -> torch.Tensor:
+        """What `work` finds, `[rows, O]`, some outputs in each thread: ctypes frees the GIL."""
+        outputs = sizes[1]
+        found = torch.zeros(rows, outputs)
+        tensors = [tensor.float().contiguous() for tensor in (*given, found)]
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
         numbers = [ctypes.c_long(size) for size in sizes]
         grid = (ctypes.c_float(self.least), ctypes.c_float(self.most))
@@ -77,12 +80,13 @@ class Kernel:
         def run(part: range) -> None:
             work(*pointers, *numbers, ctypes.c_long(part.start), ctypes.c_long(part.stop), *grid)
 
-        parts = _parts(sizes[1], torch.get_num_threads())
+        parts = _parts(outputs, torch.get_num_threads())
         if len(parts) == 1:
             run(parts[0])
-            return
-        with ThreadPoolExecutor(len(parts)) as threads:
-            list(threads.map(run, parts))
+        else:
+            with ThreadPoolExecutor(len(parts)) as threads:
+                list(threads.map(run, parts))
+        return found
 
 
 def _parts(outputs: int, count: int) -> list[range]:
@@ -103,9 +107,11 @@ def kernel(scheme: Scheme, beams: int, device: torch.device) -> Kernel | None:
     return Kernel(library, *bounds)
 
 
-def description() -> str:
-    """What runs the inner loops on this machine, for a report."""
-    library = _library(_compiler(), 1, False)
+def description(beams: int) -> str:
+    """What runs the search on this machine, for a report."""
+    if beams > MOST_BEAMS:
+        return f"PyTorch, as the C kernel takes at most {MOST_BEAMS} beams"
+    library = _library(_compiler(), beams, False)
     if isinstance(library, str):
         return f"PyTorch, as the C kernel could not be had: {library}"
     return "C kernel"
@@ -141,6 +147,7 @@ def defines(beams: int, float8: bool) -> list[str]:
         "MOST_ROWS": MOST_ROWS,
         "LANES": LANES,
         "SORT": _network(beams),
+        "PICK": _tree(beams),
     }
     return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -184,4 +191,13 @@ def _network(count: int) -> str:
                 break
             distance, half, rest = half - gap, half // 2, gap
         gap //= 2
+    return " ".join(calls)
+
+
+def _tree(count: int) -> str:
+    """Selections that leave the one of `count` items that a number names in the first place."""
+    calls = []
+    for bit in range((count - 1).bit_length()):
+        step = 1 << bit
+        calls += [f"SELECT({one},{one + step},{bit})" for one in range(0, count - step, 2 * step)]
     return " ".join(calls)

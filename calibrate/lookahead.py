@@ -41,8 +41,9 @@ def solve_block(wanted: torch.Tensor, rows: Rows, scheme: Scheme, beams: int) ->
     """Values of the codes `[B, O]`; `wanted [B, O]` is the target and what rows behind ask for."""
     compiled = kernel(scheme, beams, wanted.device)
     if compiled is not None:
-        parts = (wanted, rows.target, rows.steps, rows.importance, rows.correction)
-        return compiled.solve_block(*(part.contiguous() for part in parts))
+        return compiled.solve_block(
+            wanted, rows.target, rows.steps, rows.importance, rows.correction
+        )
     codes = torch.empty_like(wanted)
     for start in range(0, wanted.shape[1], OUTPUTS_AT_ONCE):
         part = slice(start, start + OUTPUTS_AT_ONCE)

@@ -18,6 +18,9 @@ import torch
 
 from llama4q.schemes import QuantizedWeight
 
+from .cholesky import factor_upper
+from .products import factor_dtype
+
 BLOCKS = 8  # more of them gain nothing that can be measured, and solve narrower matrices
 
 
@@ -28,17 +31,21 @@ def solve_in_turn(
 ) -> QuantizedWeight:
     """Codes of an F32 weight `[I, O]` under a metric `[O, O]`.
 
-    `solve` finds those of some outputs, each of which counts by itself.
+    `solve` finds those of some outputs, each of which counts by itself. What is asked of them has
+    BF16 factors where the processor has them, as in gptq.solve: the loss moves by up to 0.3 %, as
+    often down as up.
     """
-    lower = torch.linalg.cholesky(metric)
-    residual = torch.zeros_like(weight)
+    upper = metric.clone()
+    assert factor_upper(upper), "a metric is positive definite"
+    residual = torch.zeros_like(weight, dtype=factor_dtype())
     found = []
     for block in reversed(torch.arange(weight.shape[1]).tensor_split(BLOCKS)):
         start, stop = int(block[0]), int(block[-1]) + 1
         asked = torch.linalg.solve_triangular(
-            lower[start:stop, start:stop], lower[stop:, start:stop], upper=False, left=False
-        )
-        part = solve(weight[:, start:stop] + residual[:, stop:] @ asked)
+            upper[start:stop, start:stop], upper[start:stop, stop:], upper=True
+        ).T
+        aim = weight[:, start:stop] + residual[:, stop:] @ asked.to(residual.dtype)
+        part = solve(aim)
         residual[:, start:stop] = weight[:, start:stop] - part.dequantize()
         found.append(part)
     found.reverse()

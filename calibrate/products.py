@@ -29,5 +29,7 @@ def factor_dtype() -> torch.dtype:
 
     That rounds once more than `bf16_factors` does, but no product has to convert its factors.
     """
-    has_it = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_it = torch.backends.mkldnn.is_available() and (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch itself asks; it has no other name
+    )
     return torch.bfloat16 if has_it else torch.float32

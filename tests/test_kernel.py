@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from calibrate.gptq import scale_errors
 from calibrate.lookahead import Rows, solve_block
 from llama4q.schemes import FP8, SCHEMES, Scheme
 
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 ROWS, OUTPUTS = 100, 83  # neither a multiple of what is done at once
 
 
@@ -34,7 +36,7 @@ def test_the_same_codes(name: str, beams: int, monkeypatch: pytest.MonkeyPatch) 
     """But for sequences that cost nearly the same, where the order of a sum decides."""
     scheme = SCHEMES[name]
     wanted, rows = a_block(scheme)
-    assert kernel.kernel(scheme, beams, wanted.device) is not None, kernel.description()
+    assert kernel.kernel(scheme, beams, wanted.device) is not None, kernel.description(beams)
     compiled = solve_block(wanted, rows, scheme, beams)
     monkeypatch.setenv("CC", "no-such-compiler")
     assert kernel.kernel(scheme, beams, wanted.device) is None
@@ -73,7 +75,7 @@ def test_every_code_and_its_second_nearest(scheme: Scheme) -> None:
 def test_the_same_errors_of_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = SCHEMES[name]
     generator = torch.Generator().manual_seed(4)
-    weight = torch.randn(300, OUTPUTS, generator=generator)
+    weight = torch.randn(OUTPUTS, 300, generator=generator).T
     importance = torch.rand(300, generator=generator)
     scales = torch.rand(7, OUTPUTS, generator=generator) / scheme.code_max - 0.5 / scheme.code_max
     compiled = scale_errors(weight, importance, scales, scheme)
@@ -95,9 +97,10 @@ def test_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_report_can_say_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernel.description() == "C kernel"
+    assert kernel.description(8) == "C kernel"
+    assert "16 beams" in kernel.description(17)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert "PyTorch" in kernel.description()
-    assert "no-such-compiler" in kernel.description()
+    assert "PyTorch" in kernel.description(8)
+    assert "no-such-compiler" in kernel.description(8)
     monkeypatch.setenv("CC", f"{sys.executable} -c exit(3)")
-    assert "exit status 3" in kernel.description()
+    assert "exit status 3" in kernel.description(8)
