@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2
+
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 _asked: signal.Signals | None = None  # stands until the next `stoppable`, for threads to see
 _sections = 0  # how many `finishing` are around the main thread
@@ -37,9 +39,7 @@ def stoppable() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _asked = None
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as a shell leaves SIGINT for what runs behind it
-            signal.signal(number, _on_signal)
+    _handle(_on_signal)
     try:
         yield
     except KeyboardInterrupt:  # hf_xet, which fetches large files, has a handler of its own
@@ -71,11 +71,17 @@ def stop_if_asked() -> None:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _asked
     del frame
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+    _handle(signal.SIG_DFL)
     _asked = signal.Signals(number)
     if _sections:
-        # not print: this may be in the middle of one
         said = b"\nFinishing what is being written; a second signal stops at once.\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, said)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(STDERR, said)  # not print, which this may be in the middle of
     stop_if_asked()
+
+
+def _handle(handler: Handler) -> None:
+    for number in SIGNALS:
+        # a shell has SIGINT ignored in what it runs in the background; leave that so
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)

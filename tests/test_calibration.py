@@ -96,7 +96,7 @@ def test_each_length_counts(tmp_path: Path) -> None:
 
 
 def test_a_run_with_two_lengths_is_resumed(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_restored: None
 ) -> None:
     """Another spelling of the same mix goes on; another share of it is another text."""
     monkeypatch.chdir(tmp_path)

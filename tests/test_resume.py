@@ -6,6 +6,7 @@ The authority is an undisturbed run. tests/kill_runs.py does the killing, in a p
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ import torch
 from calibrate.codes import GroupReport
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.errors import UserError
+from llama4q.hidden import _drain as drain
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.writer import WORK
 
@@ -202,6 +204,24 @@ def test_a_truncated_and_a_missing_part_are_done_again(
     part = folder / WORK / "layer-00000.00.000.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
     (folder / WORK / "layer-00001.01.000.safetensors").unlink()
+    assert resumed(source, folder, reference).replayed_groups == GROUPS
+
+
+def test_a_disk_too_full_for_hidden_states(
+    source: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full once layer 0 is recorded: that layer is kept."""
+    folder = tmp_path / "out"
+
+    def full(file: Any, raw: memoryview) -> None:
+        if (folder / WORK / "layer-00000.json").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        drain(file, raw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llama4q.hidden._drain", full)
+        with pytest.raises(UserError, match=r"hidden states do not fit \(No space left on device"):
+            runs.run(source, folder, room=0)
     assert resumed(source, folder, reference).replayed_groups == GROUPS
 
 

@@ -195,8 +195,14 @@ def test_a_thread_that_reads_ahead_gives_up(tmp_path: Path) -> None:
 def test_what_a_shell_had_ignored_stays_ignored() -> None:
     """Ctrl-C is not for a command that runs in the background."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with stoppable():
+
+    def work() -> None:
         signal.raise_signal(signal.SIGINT)
+        with finishing():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+
+    assert stopped(work).signal == signal.SIGTERM
 
 
 def test_handlers_come_back_and_other_threads_have_none() -> None:
