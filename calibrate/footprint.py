@@ -12,18 +12,18 @@ from enum import Enum
 
 from llama4q.config import ModelConfig
 from llama4q.recipe import Method, Recipe
+from llama4q.schemes import Scheme
 from llama4q.stream import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 from llama4q.weights import Component
 
-from .layer import POOL_ROWS
+from .gather import MOST_ROWS
+from .layer import EXPERTS_AT_ONCE, POOL_ROWS
 from .target import HALVES
 from .work import Alike, Shape, Texts, tokens, weights_of
 
 ROW, EXACT = 2, 4  # bytes of a value in BF16, of weights and streams, and in F32, of all the rest
 CHECKED = 5  # bytes a value that `isfinite` takes: three booleans, and a copy in BF16
 SKEW = 2.5  # tokens of the busiest expert over the mean
-EXPERTS_IN_PART = 8  # whose codes wait to be written together
-SAMPLED_ROWS = 8192  # kept of each weight's inputs for the spread that shrinkage asks for
 
 # Interpreter, PyTorch and the product libraries' own buffers, tokenizer and text: 0.36 GB before
 # the first token was drawn.
@@ -164,19 +164,25 @@ def _solving(config: ModelConfig, recipe: Recipe, index: int, rows: int) -> Iter
             continue
         held = [
             Piece("weight in F32", EXACT * alike.inputs * alike.outputs),
-            Piece("sampled rows", ROW * min(alike.rows, SAMPLED_ROWS) * alike.inputs),
+            Piece("sampled rows", ROW * min(alike.rows, MOST_ROWS) * alike.inputs),
         ]
         if scheme.calibrates and recipe.solver.method is Method.GPTQ:
             held += _moments(alike, crossed)
         if alike.component is Component.EXPERTS:
             held += _others(config, alike, pooled)
-            codes = scheme.stored_bytes(alike.inputs, alike.outputs)
-            held.append(Piece("codes to be written", 2 * EXPERTS_IN_PART * codes, Place.HOST))
+            held.append(Piece("codes to be written", _waiting(config, scheme), Place.HOST))
         name = f"{alike.component.value} {'down' if alike.lacking else 'gate_up'}"
         if alike.component is Component.O_PROJ:
             name = alike.component.value
         yield Stage(f"{name}: moments", (*held, _forward(config, alike)))
         yield Stage(f"{name}: codes", (*held, *_solver(alike)))
+
+
+def _waiting(config: ModelConfig, scheme: Scheme) -> int:
+    """Codes of the experts that are written together."""
+    width, size = config.hidden_size, config.expert_size
+    both = scheme.stored_bytes(width, 2 * size) + scheme.stored_bytes(size, width)
+    return EXPERTS_AT_ONCE * both
 
 
 def _moments(alike: Alike, crossed: bool) -> Iterator[Piece]:

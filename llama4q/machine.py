@@ -144,7 +144,6 @@ class Rates:
     f32: float
     bf16_factors: float  # F32 tensors, whose factors are rounded to BF16 and summed in F32
     bf16: float
-    cholesky: float
     copy: float  # bytes read plus bytes written
     read: float  # from disk
     write: float  # to disk
@@ -166,7 +165,6 @@ def measure_rates(shard: Path, folder: Path, device: torch.device | None = None)
         f32=best_rate(lambda: f32 @ f32, flops, where),
         bf16_factors=bf16_factors,
         bf16=best_rate(lambda: bf16 @ bf16, flops, where),
-        cholesky=_cholesky_rate(f32),
         copy=_copy_rate(where),
         read=_read_rate(shard),
         write=_write_rate(folder),
@@ -199,12 +197,6 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
-
-
-def _cholesky_rate(matrix: torch.Tensor) -> float:
-    size = len(matrix)
-    positive = matrix @ matrix.T + size * torch.eye(size, device=matrix.device)
-    return best_rate(lambda: torch.linalg.cholesky(positive), size**3 / 3, matrix.device)
 
 
 def _copy_rate(device: torch.device) -> float:

@@ -35,10 +35,8 @@ from .test_inspect import MAVERICK, SCOUT
 
 GB = 10**9
 TEXTS = Texts(((128, 2048),), ((16, 2048),), ((10, 4096),))
-RATES = Rates(
-    f32=2e11, bf16_factors=8e11, bf16=1.3e12, cholesky=1e11, copy=2e10, read=1e9, write=3e8
-)
-SEARCHES = {Phase.SCALES: 1e9, Phase.CODES: 5e7}
+RATES = Rates(f32=2e11, bf16_factors=8e11, bf16=1.3e12, copy=2e10, read=1e9, write=3e8)
+SEARCHES = {Phase.FACTOR: 1e11, Phase.SCALES: 1e9, Phase.CODES: 5e7}
 PACE = pace(RATES, SEARCHES, torch.bfloat16)
 
 
@@ -231,8 +229,9 @@ def test_float32_runs_forwards_at_that_rate() -> None:
 @pytest.mark.parametrize("scheme", ["int4", "fp8", "int4-g32"])
 def test_searches_are_timed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibrate.plan.SEARCHED", (128, 64))
+    monkeypatch.setattr("calibrate.plan.FACTORED", 300)
     found = measure_searches(SCHEMES[scheme], load_recipe("int4").solver)
-    assert set(found) == {Phase.SCALES, Phase.CODES}
+    assert set(found) == {Phase.FACTOR, Phase.SCALES, Phase.CODES}
     assert all(0 < speed < float("inf") for speed in found.values())
 
 
