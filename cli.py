@@ -229,6 +229,7 @@ def quantize(
         )
     from calibrate.coverage import coverage
     from calibrate.data import calibration_tokens
+    from calibrate.kernel import description
     from calibrate.mix import parse_mix
     from calibrate.plan import check_memory, plan_for
     from calibrate.progress import Bar
@@ -287,6 +288,7 @@ def quantize(
                 "mix": [part.to_json() for part in drawn.drawn],
                 "coverage": coverage(chosen, config, outcome.layers),
             },
+            "kernel": description(chosen.solver.beams),
             "dtype": dtype,
             "units": UNITS,
             "layers": outcome.layers,

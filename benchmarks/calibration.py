@@ -31,6 +31,7 @@ from evals.evaluation import Evaluation
 from evals.questions import Needles, Questions, ask
 from llama4q.config import read_config
 from llama4q.errors import UserError
+from llama4q.hidden import Spool
 from llama4q.hub import resolve
 from llama4q.model import DecoderLayer, Head
 from llama4q.recipe import Recipe, adjusted, load_recipe
@@ -47,9 +48,9 @@ class Several:
         self.evaluations = evaluations
         self.key = " ".join(evaluation.key for evaluation in evaluations.values())
 
-    def start(self, embedding: torch.Tensor) -> None:
+    def start(self, embedding: torch.Tensor, spool: Spool) -> None:
         for evaluation in self.evaluations.values():
-            evaluation.start(embedding)
+            evaluation.start(embedding, spool)
 
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
         for evaluation in self.evaluations.values():

@@ -19,7 +19,7 @@ import torch
 
 from calibrate.gptq import choose_scales, factorize, solve
 from calibrate.hessian import damping_for, joined, measure
-from calibrate.outputs import solve_in_turn
+from calibrate.outputs import solve_in_turn, turns
 from calibrate.routing import output_metric, view
 from calibrate.target import Moments, Pair, corrected
 from llama4q.recipe import Solver
@@ -49,16 +49,23 @@ def rows_of(tokens: int, inputs: int, outputs: int, down: bool) -> tuple[torch.T
     return weight, Pair(served.bfloat16(), original.bfloat16(), lacking if down else None, part)
 
 
+def moments(weight: torch.Tensor, pair: Pair, half: int) -> Moments:
+    found = Moments(weight, lacking=pair.lacking is not None)
+    found.add(pair.rows(torch.nonzero(pair.part == half).squeeze(1)))
+    found.to_means(1.0)
+    return found
+
+
 def parts_of(inputs: int, outputs: int, tokens: int, down: bool) -> dict[str, float]:
     """Processor seconds by part."""
     solver, scheme = Solver(), SCHEMES["int4"]
     weight, pair = rows_of(tokens, inputs, outputs, down)
     parts: dict[str, float] = {}
     timed(parts, "round to nearest", lambda: round_to_nearest(weight, scheme))
-    timed(parts, "Hessian alone", lambda: measure(pair.seen(), inputs))
+    timed(parts, "Hessian alone", lambda: measure([pair.served], inputs))
     first, second = timed(
         parts, "Hessian and cross moments",
-        lambda: (Moments.of(weight, pair, 0), Moments.of(weight, pair, 1)),
+        lambda: (moments(weight, pair, 0), moments(weight, pair, 1)),
     )  # fmt: skip
     hessian = joined(first.hessian, second.hessian)
     damping = damping_for(hessian, solver.damping, solver.token_damping)
@@ -82,8 +89,8 @@ def parts_of(inputs: int, outputs: int, tokens: int, down: bool) -> dict[str, fl
         return solve(part, factor, scales, scheme, solver.beams)
 
     if down:
-        metric = metric_of(outputs)
-        timed(parts, "by metric: scales and codes", lambda: solve_in_turn(aim, metric, codes))
+        order = turns(metric_of(outputs))
+        timed(parts, "by metric: scales and codes", lambda: solve_in_turn(aim, order, codes))
     return parts
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from llama4q import bnb
+from llama4q.machine import give_back_memory
 from llama4q.packing import StoredWeight
 from llama4q.recipe import Method, Solver
 from llama4q.schemes import QuantizedWeight, Scheme, round_to_nearest
@@ -21,7 +22,7 @@ from .gather import Gathered, gather
 from .gptq import choose_scales, factorize, solve
 from .hessian import Hessian, damping_for, joined, shrink
 from .judge import error
-from .outputs import solve_in_turn
+from .outputs import Turn, solve_in_turn
 from .target import Moments, Pair, corrected
 
 
@@ -66,7 +67,7 @@ class Task:
     weight: torch.Tensor
     scheme: Scheme
     linears: int = 1  # that lie in it beside each other, with as many outputs each
-    metric: torch.Tensor | None = None  # [O, O] weighs errors of outputs; None: all alike
+    order: list[Turn] | None = None  # of outputs whose errors matter together; None: all alike
     lacking: bool = False  # its outputs go into the residual stream, and can make up for it
 
 
@@ -125,6 +126,7 @@ class Coder:
                 wrong = rounding
             else:
                 solved = candidate
+        give_back_memory()
         self.report(
             GroupReport(
                 name=task.name,
@@ -183,8 +185,8 @@ class Coder:
             )
             return solve(aim, factor, scales, task.scheme, self.solver.beams)
 
-        metric = task.metric
-        found = codes(weight) if metric is None else solve_in_turn(weight, metric, codes)
+        order = task.order
+        found = codes(weight) if order is None else solve_in_turn(weight, order, codes)
         return _Solved(found, weight, share, factor.damping, correction or 0.0)
 
     def _rescue(self, task: Task, kind: str, detail: str) -> None:

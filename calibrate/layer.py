@@ -28,6 +28,7 @@ from llama4q.weights import DOWN, GATE, UP, Component, served_inputs
 from .codes import Coder, GroupReport, Others, Rescue, Task
 from .hessian import measure, shrink
 from .judge import parts_of
+from .outputs import Turn, turns
 from .routing import output_metric
 from .streams import Both, Streams, Tokens
 from .target import Pair
@@ -92,7 +93,7 @@ class LayerQuantizer:
             for component in Component
         }
         self.router_views = router_views
-        self.metric = self._metric(layer.index)
+        self.order = self._order(layer.index)  # once for all of the layer's experts
         self.part = Part()
         self.coder = Coder(recipe.solver, self._report, self._rescue)
         self.progress = report, rescue
@@ -173,8 +174,8 @@ class LayerQuantizer:
                     yield Pair(kept.rows(where), kept_plain.rows(where), lacking, parts[where])
 
             # The layer's own router sees what the attention adds, too.
-            metric = self._metric(self.layer.index - 1)
-            task = Task(name, output.weight, scheme, metric=metric, lacking=True)
+            order = self._order(self.layer.index - 1)
+            task = Task(name, output.weight, scheme, order=order, lacking=True)
             found = self.coder.codes(task, pairs(), parts, None)
             self.part.tensors += pack(name, found)
             output = as_served(found, output.weight.dtype)
@@ -193,9 +194,10 @@ class LayerQuantizer:
             kept[number] = batch
         return kept
 
-    def _metric(self, index: int) -> torch.Tensor | None:
+    def _order(self, index: int) -> list[Turn] | None:
         """How errors in the stream count that routers after layer `index` see."""
-        return output_metric(self.router_views, index, self.solver.routing_weight)
+        metric = output_metric(self.router_views, index, self.solver.routing_weight)
+        return None if metric is None else turns(metric)
 
     def _others(self, passing: Both) -> Others | None:
         """What all tokens say, for experts that saw too few of their own."""
@@ -258,7 +260,7 @@ class LayerQuantizer:
                 hidden[piece] = half.hidden(inputs.served)
                 yield Pair(hidden[piece], hidden_plain[piece], tokens.lacking(piece), inputs.part)
 
-        task = Task(f"{name}.{DOWN}", mlp.down.weight, scheme, metric=self.metric, lacking=True)
+        task = Task(f"{name}.{DOWN}", mlp.down.weight, scheme, order=self.order, lacking=True)
         through = None if others is None else _through(others, mlp, half)
         down = self.coder.codes(task, before_down(), tokens.parts, through)
         last = as_served(down, self.dtype)

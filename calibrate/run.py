@@ -27,12 +27,13 @@ from llama4q.export import config_with, quantization_config, quantized_already, 
 from llama4q.hidden import Spool, Store
 from llama4q.model import DecoderLayer
 from llama4q.prefetch import prefetched
-from llama4q.recipe import Recipe, check_recipe, planned
+from llama4q.recipe import Method, Recipe, check_recipe, planned
 from llama4q.stream import LayerObserver, check_tokens, embed
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
 from llama4q.writer import WORK, CheckpointWriter, refuse_foreign_files, to_json
 
+from .kernel import description
 from .layer import LayerQuantizer, Part, part_count
 from .progress import Progress
 from .routing import views
@@ -153,6 +154,8 @@ class Run:
         """Write every unit; layers in order, both streams beside each other."""
         original = LayerReader(Checkpoint(self.job.source), self.config, self.job.dtype)
         self.progress.start(groups_in(self.config, self.job.recipe))
+        if self.job.recipe.solver.method is Method.GPTQ:
+            self.progress.phase(f"inner loops: {description(self.job.recipe.solver.beams)}")
         self.router_views = views(original)
         embedding = original.embedding()
         plain = embed(embedding, self.job.tokens, self.spool)

@@ -6,6 +6,7 @@ disturbs it. Knows nothing of models or of what is computed.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import tempfile
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -124,6 +126,22 @@ def _reclaimable(group: Path, prefix: str) -> int:
         return 0
     names = (f"{prefix}inactive_file", f"{prefix}active_file")
     return sum(int(line.split()[1]) for line in lines if line.split()[0] in names)
+
+
+def give_back_memory() -> None:
+    """Let the C library return what has been freed to the system.
+
+    glibc keeps matrices that others may follow: over the experts of a Scout layer 7 GB in use grew
+    to 9 resident. Other C libraries have no such call, and mostly no such habit.
+    """
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if os.name == "posix" else None
 
 
 def device_memory() -> int | None:

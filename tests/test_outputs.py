@@ -7,7 +7,7 @@ import torch
 
 from calibrate.gptq import choose_scales, factorize, solve
 from calibrate.hessian import measure
-from calibrate.outputs import BLOCKS, solve_in_turn
+from calibrate.outputs import BLOCKS, solve_in_turn, turns
 from llama4q.schemes import SCHEMES, QuantizedWeight, absmax_scales, storable
 
 from .test_gptq import correlated_rows
@@ -46,7 +46,7 @@ def test_codes_against_the_nearest_plane_of_the_whole_lattice() -> None:
         column = next(columns)
         return solve(aim, factor, scales[:, column : column + 1], SCHEME)
 
-    ours = solve_in_turn(weight, metric, nearest).codes.double()
+    ours = solve_in_turn(weight, turns(metric), nearest).codes.double()
     damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(INPUTS)
     # The solver takes rows from the first to the last: its order is back to front.
     backwards = torch.arange(INPUTS - 1, -1, -1)
@@ -74,7 +74,7 @@ def test_less_is_lost_where_it_is_looked_at(name: str) -> None:
         return solve(aim, factor, choose_scales(aim, factor.importance, scheme, 20, True), scheme)
 
     plain = weight - codes(weight).dequantize()
-    found = weight - solve_in_turn(weight, metric, codes).dequantize()
+    found = weight - solve_in_turn(weight, turns(metric), codes).dequantize()
     looked_at = metric - torch.eye(64)
     assert lost(found, hessian, metric) < 0.75 * lost(plain, hessian, metric)
     assert lost(found, hessian, looked_at) < 0.5 * lost(plain, hessian, looked_at)
@@ -88,4 +88,5 @@ def test_outputs_that_do_not_matter_together_keep_their_codes() -> None:
     def codes(aim: torch.Tensor) -> QuantizedWeight:
         return solve(aim, factor, storable(absmax_scales(aim, SCHEME)), SCHEME, beams=4)
 
-    assert torch.equal(codes(weight).codes, solve_in_turn(weight, torch.eye(64), codes).codes)
+    alike = solve_in_turn(weight, turns(torch.eye(64)), codes)
+    assert torch.equal(codes(weight).codes, alike.codes)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calibrate import gptq
 from calibrate.gptq import solve
-from calibrate.outputs import solve_in_turn
+from calibrate.outputs import solve_in_turn, turns
 from calibrate.run import predicted_bytes
 from calibrate.work import (
     Amounts,
@@ -115,7 +115,8 @@ def test_products_of_outputs_in_turn_against_pytorchs_counter() -> None:
     def rounded(aim: torch.Tensor) -> QuantizedWeight:
         return round_to_nearest(aim, INT4)
 
-    found = counted(lambda: solve_in_turn(weight, torch.eye(80) + 0.01, rounded))
+    order = turns(torch.eye(80) + 0.01)
+    found = counted(lambda: solve_in_turn(weight, order, rounded))
     assert turn_products(128, 80) == found
 
 
