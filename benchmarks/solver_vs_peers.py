@@ -27,7 +27,7 @@ import torch
 
 from calibrate.gptq import choose_scales, factorize, solve
 from calibrate.kernel import description
-from calibrate.products import bf16_factors
+from llama4q.products import add_square, mirror
 from llama4q.recipe import Solver
 from llama4q.schemes import SCHEMES
 
@@ -64,8 +64,10 @@ def problem(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     size[torch.randperm(inputs, generator=generator)[: max(1, inputs // 200)]] *= 12
     shared = torch.randn(inputs // 16, inputs, generator=generator) / 4
     own = torch.randn(2 * inputs, inputs, generator=generator)
-    with bf16_factors():
-        hessian = shared.T @ shared + own.T @ own / len(own)
+    hessian = torch.zeros(inputs, inputs)
+    for rows in (shared, own / len(own) ** 0.5):
+        add_square(hessian, rows)
+    mirror(hessian)
     weight = 0.02 * torch.randn(inputs, outputs, generator=generator)
     return weight.bfloat16().float(), hessian * size * size[:, None]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .products import factor_dtype
+from llama4q.products import factor_dtype
 
 BLOCK = 256
 

@@ -21,7 +21,7 @@ from llama4q.schemes import QuantizedWeight, Scheme, round_to_nearest
 from .gather import Gathered, gather
 from .gptq import choose_scales, factorize, solve
 from .hessian import Hessian, damping_for, joined, shrink
-from .judge import error
+from .judge import Judge
 from .outputs import Turn, solve_in_turn
 from .target import Moments, Pair, corrected
 
@@ -114,13 +114,13 @@ class Coder:
                 Moments(exact, task.lacking, crossed),
             )
         gathered = gather(pieces, parts, halves, others is not None)
-        stand_in = None if others is None else others.held
+        judge = Judge(exact, gathered.judge, None if others is None else others.held)
         solved = _Solved(_rounded(exact, task), exact)
-        wrong = rounding = error(exact, exact, solved.found, gathered.judge, stand_in)
+        wrong = rounding = judge.error(exact, solved.found)
         if halves is not None:
             pool = None if others is None else others.pool
             candidate = self._solve(task, exact, halves, gathered, pool)
-            wrong = error(exact, candidate.aim, candidate.found, gathered.judge, stand_in)
+            wrong = judge.error(candidate.aim, candidate.found)
             if wrong is not None and rounding is not None and wrong > rounding:
                 self._rescue(task, "kept rounding", f"error {wrong:.2e} against {rounding:.2e}")
                 wrong = rounding

@@ -22,7 +22,6 @@ from .target import HALVES
 from .work import Alike, Shape, Texts, tokens, weights_of
 
 ROW, EXACT = 2, 4  # bytes of a value in BF16, of weights and streams, and in F32, of all the rest
-CHECKED = 5  # bytes a value that `isfinite` takes: three booleans, and a copy in BF16
 SKEW = 2.5  # tokens of the busiest expert over the mean
 
 # Interpreter, PyTorch and the product libraries' own buffers, tokenizer and text: 0.36 GB before
@@ -102,8 +101,7 @@ def stages(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Stage]
         Piece("routers of all layers", _router_views(config), Place.HOST),
     )
     table = Piece("embedding or head", ROW * config.vocab_size * config.hidden_size)
-    check = Piece("check of what was read", CHECKED * table.nbytes // ROW, Place.HOST)
-    yield Stage("embedding", (*always, table, check))
+    yield Stage("embedding", (*always, table))
     yield Stage("predictions", (*always, table, _predictions(config, texts.windows)))
     for index in range(config.num_layers):
         resident = (*always, *_resident(config, index))
@@ -128,12 +126,10 @@ def _resident(config: ModelConfig, index: int) -> Iterator[Piece]:
     yield Piece("layer", _layer(config, index))
     following = min(index + 1, config.num_layers - 1)
     yield Piece("next layer, read ahead", _layer(config, following), Place.HOST)
-    size = config.dense_size
     if index in config.moe_layers:
-        size = config.expert_size
-        yield Piece("expert", 3 * ROW * config.hidden_size * size)
-        yield Piece("next expert, read ahead", 3 * ROW * config.hidden_size * size, Place.HOST)
-    yield Piece("check of what is read", CHECKED * 2 * config.hidden_size * size, Place.HOST)
+        expert = 3 * ROW * config.hidden_size * config.expert_size
+        yield Piece("expert", expert)
+        yield Piece("next expert, read ahead", expert, Place.HOST)
 
 
 def _layer(config: ModelConfig, index: int) -> int:

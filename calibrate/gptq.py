@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from llama4q.products import factor_dtype
 from llama4q.schemes import Kind, QuantizedWeight, Scheme, absmax_scales, storable
 
 from .cholesky import divide, factor_upper
 from .kernel import kernel
 from .lookahead import Rows, solve_block
-from .products import factor_dtype
 
 BLOCK = 128  # rows between two large products
 SMALLEST_CLIP = 0.6  # of the abs-max scale, the end of the scale search of integers

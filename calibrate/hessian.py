@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .products import bf16_factors
+from llama4q.products import add_square, mirror
 
 ROWS_AT_ONCE = 8192  # bounds the F32 copies, not the result's meaning
 MOST_TOKEN_DAMPING = 0.3  # beyond it hardly anything changes, down to no tokens at all
@@ -39,12 +39,10 @@ def measure(batches: Iterable[torch.Tensor], inputs: int) -> Hessian:
     """The Hessian of rows `[N, I]`, given in batches. Products of BF16 are exact in F32."""
     total = torch.zeros(inputs, inputs)
     tokens = 0
-    with bf16_factors():
-        for batch in batches:
-            for rows in batch.split(ROWS_AT_ONCE):
-                exact = rows.float()
-                total.addmm_(exact.T, exact)
-                tokens += len(rows)
+    for rows in batches:
+        add_square(total, rows)
+        tokens += len(rows)
+    mirror(total)
     return Hessian(total.div_(max(tokens, 1)), tokens)
 
 

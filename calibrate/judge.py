@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from llama4q.packing import StoredWeight
+from llama4q.products import product
 
 from .target import HELD_OUT, Pair
 
@@ -56,31 +57,41 @@ def spaced(rows: torch.Tensor, most: int) -> torch.Tensor:
     return rows[:: max(1, -(-len(rows) // most))]
 
 
-def error(
-    weight: torch.Tensor,
-    aim: torch.Tensor,
-    found: StoredWeight,
-    judge: Pair | None,
-    stand_in: Pair | None,
-) -> float | None:
-    """The share of the wanted output's energy that codes get wrong, on tokens not seen.
+class Judge:
+    """What codes of a weight are held against: outputs on tokens that no moment has seen.
 
-    What the original gives is wanted. Where a weight's own tokens cannot judge, it is what `aim`,
-    the weight that codes were found for, gives on the stand-in's: other tokens cannot judge the
-    correction that it holds. None where there is nobody to judge.
+    Where the weight's own tokens cannot judge, others stand in; None where nobody does.
     """
-    if judge is not None:
-        return _error(weight, found, judge)
-    if stand_in is not None and len(stand_in.part):
-        return _error(aim, found, replace(stand_in, original=stand_in.served, lacking=None))
-    return None
+
+    def __init__(self, weight: torch.Tensor, own: Pair | None, stand_in: Pair | None) -> None:
+        """`weight [I, O]` is the original, in F32."""
+        self.own = own
+        self.stand_in = stand_in if stand_in is not None and len(stand_in.part) else None
+        self.wanted = None if own is None else _wanted(weight, own)
+
+    def error(self, aim: torch.Tensor, found: StoredWeight) -> float | None:
+        """The share of the wanted outputs' energy that codes get wrong; None: nobody judges.
+
+        What the original gives is wanted. A stand-in cannot judge what the correction is for: it
+        wants what `aim`, the weight that codes were found for, gives. Products have BF16 factors,
+        which inputs and original are anyway, and codes when they are served.
+        """
+        if self.own is not None and self.wanted is not None:
+            return _share(self.own, self.wanted, found)
+        if self.stand_in is None:
+            return None
+        other = replace(self.stand_in, original=self.stand_in.served, lacking=None)
+        return _share(other, _wanted(aim, other), found)
 
 
-def _error(weight: torch.Tensor, found: StoredWeight, judge: Pair) -> float:
-    batch = judge.batch()
-    wanted = batch.original @ weight
-    if batch.lacking is not None:
-        wanted = wanted + batch.lacking
-    total = wanted.square().sum()
-    wrong = (wanted - batch.served @ found.dequantize()).square().sum()
-    return float(wrong / total) if total > 0 else 0.0
+def _wanted(weight: torch.Tensor, judge: Pair) -> torch.Tensor:
+    """What a weight gives, and what the stream lacks besides, F32 `[N, O]`."""
+    wanted = product(judge.original, weight)
+    return wanted if judge.lacking is None else wanted.add_(judge.lacking)
+
+
+def _share(judge: Pair, wanted: torch.Tensor, found: StoredWeight) -> float:
+    lost = wanted - product(judge.served, found.dequantize())
+    weights = wanted.new_ones(len(wanted)) if judge.weights is None else judge.weights
+    total = weights @ wanted.square().sum(dim=1)
+    return float(weights @ lost.square_().sum(dim=1) / total) if total > 0 else 0.0

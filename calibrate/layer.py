@@ -34,7 +34,7 @@ from .streams import Both, Streams, Tokens
 from .target import Pair
 from .weighting import output_energy, token_weights
 
-POOL_ROWS = 2  # times the inputs: rows of other tokens that a blend is estimated from
+POOL_ROWS = 1  # times the inputs: rows of other tokens that a blend is estimated from
 EXPERTS_AT_ONCE = 8  # in a part: what a killed run loses at most
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llama4q.products import factor_dtype
 from llama4q.schemes import QuantizedWeight
 
 from .cholesky import factor_upper
-from .products import factor_dtype
 
 BLOCKS = 8  # more of them gain nothing that can be measured, and solve narrower matrices
 

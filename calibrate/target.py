@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llama4q.products import add_product, add_square, factor_dtype, mirror, product
+
 from .gptq import Factor, factorize
 from .hessian import Hessian
-from .products import bf16_factors
 
 COLUMNS = 256  # outputs that alpha is estimated on
 HALVES = (0, 1)
@@ -30,7 +31,7 @@ HELD_OUT = 2  # what Pair.part says of a token that no moment may see
 
 @dataclass(frozen=True)
 class Batch:
-    """Some tokens of a Pair in F32, each times the root of its weight."""
+    """Some tokens of a Pair, each times the root of its weight."""
 
     served: torch.Tensor
     original: torch.Tensor
@@ -58,8 +59,10 @@ class Pair:
         )
 
     def batch(self) -> Batch:
-        """All of them, weighted."""
-        root = 1.0 if self.weights is None else self.weights.sqrt()[:, None]
+        """All of them, weighted: in F32 then, else as they are."""
+        if self.weights is None:
+            return Batch(self.served, self.original, self.lacking)
+        root = self.weights.sqrt()[:, None]
         lacking = None if self.lacking is None else self.lacking.float() * root
         return Batch(self.served.float() * root, self.original.float() * root, lacking)
 
@@ -74,7 +77,7 @@ class Moments:
     def __init__(self, weight: torch.Tensor, lacking: bool, crossed: bool = True) -> None:
         """`lacking`: tokens tell what the output should make up for. `crossed`: B is wanted."""
         inputs, outputs = weight.shape
-        self.weight = weight
+        self.weight = weight.to(factor_dtype())  # which a weight of the source is exact in
         self.lacking = lacking
         self.crossed = crossed
         self.square = weight.new_zeros(inputs, inputs)
@@ -85,18 +88,18 @@ class Moments:
     def add(self, pair: Pair) -> None:
         """Some tokens of this half."""
         batch = pair.batch()
-        with bf16_factors():
-            self.square.addmm_(batch.served.T, batch.served)
-            if self.crossed:
-                moved = batch.original - batch.served
-                if batch.lacking is not None:
-                    moved = batch.lacking.addmm(moved, self.weight)
-                self.cross.addmm_(batch.served.T, moved)
+        add_square(self.square, batch.served)
+        if self.crossed:
+            moved = batch.original - batch.served
+            if batch.lacking is not None:
+                moved = product(moved, self.weight).add_(batch.lacking)
+            add_product(self.cross, batch.served, moved)
         self.tokens += len(pair.part)
         self.total += len(pair.part) if pair.weights is None else float(pair.weights.sum())
 
     def to_means(self, unit: float) -> None:
         """From sums to means over the tokens; `unit` is what a token weighs on average."""
+        mirror(self.square)
         divisor = max(1, self.tokens) * (unit or 1.0)
         self.square.div_(divisor)
         self.cross.div_(divisor)
@@ -109,8 +112,7 @@ class Moments:
         """B `[I, O]`, or some of its columns."""
         if self.lacking:
             return self.cross[:, columns]
-        with bf16_factors():
-            return self.cross @ self.weight[:, columns]
+        return product(self.cross, self.weight[:, columns])
 
 
 def corrected(
@@ -156,7 +158,7 @@ def _share(
         steps.append(factor.divide(cross))
     gain = (steps[0] * crosses[1]).sum() + (steps[1] * crosses[0]).sum()
     cost = sum(
-        (step * (other.square @ step)).sum()
+        (step * product(other.square, step)).sum()
         for step, other in zip(steps, reversed(halves), strict=True)
     )
     return float((gain / cost).clamp(0, 1)) if cost > 0 else 0.0

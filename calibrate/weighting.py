@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from llama4q.model import Mlp
 
+ROWS_AT_ONCE = 256  # whose values in F32 stay in the cache
+
 
 def output_energy(mlp: Mlp) -> torch.Tensor:
     """|down_j|^2 of each of the hidden outputs j, F32 `[F]`."""
@@ -26,6 +28,10 @@ def output_energy(mlp: Mlp) -> torch.Tensor:
 
 def token_weights(gate_up: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
     """w_t of tokens with gate and up `[N, 2F]`, F32 `[N]`, up to a common factor."""
+    return torch.cat([_weights(rows, energy) for rows in gate_up.split(ROWS_AT_ONCE)])
+
+
+def _weights(gate_up: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.float().chunk(2, dim=1)
     sigmoid = torch.sigmoid(gate)
     of_gate = sigmoid * (1 + gate * (1 - sigmoid)) * up

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from llama4q.config import ModelConfig
+from llama4q.products import SQUARE_BLOCK
 from llama4q.recipe import Method, Recipe, Solver, planned
 from llama4q.schemes import Scheme
 from llama4q.weights import Component, linears
@@ -108,12 +109,19 @@ def moments(rows: int, inputs: int, outputs: int, lacking: bool, correction: boo
     """Of H = y^T y and of what the correction needs besides.
 
     That is y^T (x - y) `[I, I]`, or, where the output should make up for r, y^T [(x - y) W + r]
-    `[I, O]`. H counts in full: it is symmetric, but no library has that product for BF16 factors.
+    `[I, O]`.
     """
-    square = product(rows, inputs, inputs)
+    found = square(rows, inputs)
     if not correction:
-        return square
-    return square + (2 * product(rows, inputs, outputs) if lacking else square)
+        return found
+    crosses = 2 * product(rows, inputs, outputs) if lacking else product(rows, inputs, inputs)
+    return found + crosses
+
+
+def square(rows: int, inputs: int) -> int:
+    """Of y^T y, above the diagonal of blocks alone: it is symmetric."""
+    blocks = range(0, inputs, SQUARE_BLOCK)
+    return sum(product(rows, min(SQUARE_BLOCK, inputs - at), inputs - at) for at in blocks)
 
 
 def factor(size: int) -> int:
@@ -241,8 +249,8 @@ def pools(config: ModelConfig, solver: Solver, rows: int) -> Amounts:
     found = Amounts({Phase.JUDGE: 2 * count * product(MOST_TOKENS, width, 2 * size)})
     if solver.shrinkage:
         sample = min(POOL_ROWS * size, seen(rows))
-        behind = product(sample, width, 2 * size) + product(sample, size, size)
-        found[Phase.POOL] = product(seen(rows), width, width) + count * behind
+        behind = product(sample, width, 2 * size) + square(sample, size)
+        found[Phase.POOL] = square(seen(rows), width) + count * behind
     return found
 
 

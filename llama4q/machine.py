@@ -12,7 +12,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from .errors import UserError
 from .memory import memory_bytes
+from .products import add_product
 
 SECONDS = 0.1  # each rate is measured for about so long
 HOST_SIZE, DEVICE_SIZE = 2048, 8192  # of square matrices: a GPU is not filled by small ones
@@ -160,7 +160,7 @@ class Rates:
     """What this machine reaches: FLOP/s of products, where a multiply-add is two, and bytes/s."""
 
     f32: float
-    bf16_factors: float  # F32 tensors, whose factors are rounded to BF16 and summed in F32
+    bf16_factors: float  # of products.py: BF16 rows, summed in F32
     bf16: float
     copy: float  # bytes read plus bytes written
     read: float  # from disk
@@ -177,27 +177,14 @@ def measure_rates(shard: Path, folder: Path, device: torch.device | None = None)
     f32 = torch.rand(size, size, device=where)
     bf16 = f32.to(torch.bfloat16)
     flops, total = 2 * size**3, torch.zeros_like(f32)
-    with _bf16_factors():  # in the form in which second moments are taken
-        bf16_factors = best_rate(lambda: total.addmm_(f32.T, f32), flops, where)
     return Rates(
         f32=best_rate(lambda: f32 @ f32, flops, where),
-        bf16_factors=bf16_factors,
+        bf16_factors=best_rate(lambda: add_product(total, bf16, bf16), flops, where),
         bf16=best_rate(lambda: bf16 @ bf16, flops, where),
         copy=_copy_rate(where),
         read=_read_rate(shard),
         write=_write_rate(folder),
     )
-
-
-@contextmanager
-def _bf16_factors() -> Iterator[None]:
-    """Inside, F32 products round their factors to BF16 and sum in F32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def best_rate(work: Callable[[], object], amount: float, device: torch.device) -> float:

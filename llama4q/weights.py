@@ -220,7 +220,7 @@ def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises UserError with the tensor's name when it holds NaN or Inf."""
-    if not torch.isfinite(tensor).all():
+    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise UserError(
             f"tensor {name} holds {bad} values that are NaN or Inf; download the checkpoint again"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from calibrate.footprint import CHECKED, Place, stages, stores
+from calibrate.footprint import Place, stages, stores
 from calibrate.gptq import choose_scales, factorize, solve
 from calibrate.plan import (
     OVERHEAD,
@@ -29,6 +29,7 @@ from llama4q.config import ModelConfig, parse_config
 from llama4q.machine import Budget, Rates
 from llama4q.recipe import load_recipe
 from llama4q.schemes import SCHEMES
+from llama4q.weights import check_finite
 
 from . import tiny
 from .test_inspect import MAVERICK, SCOUT
@@ -133,14 +134,14 @@ def test_activations_without_a_quantized_shared_expert() -> None:
 
 
 def test_memory_does_not_grow_with_experts() -> None:
-    """But for what routers see, 48 x [5120, E] in F32."""
+    """But for what routers see, 48 x [5120, E] in F32, and two of them in BF16."""
 
     def peak(experts: int) -> int:
         config = replace(parse_config(SCOUT, "scout"), num_experts=experts)
         plan = make_plan(config, load_recipe("int4"), TEXTS)
         return plan.largest(*Place).nbytes(*Place)
 
-    assert peak(128) - peak(16) == 48 * 5120 * 112 * 4
+    assert peak(128) - peak(16) <= (48 * 4 + 2 * 2) * 5120 * 112
 
 
 def pieces(config: ModelConfig, stage: str, texts: Texts = TEXTS) -> dict[str, int]:
@@ -190,10 +191,9 @@ def test_the_solvers_workspace_against_pytorchs_allocator(tmp_path: Path) -> Non
     assert expected == max(3 * square, 4 * full)
 
 
-def test_the_check_of_what_is_read_against_pytorchs_allocator(tmp_path: Path) -> None:
+def test_the_check_of_what_is_read_takes_no_memory(tmp_path: Path) -> None:
     values = torch.ones(10**6, dtype=torch.bfloat16)
-    used = allocated(lambda: torch.isfinite(values).all(), tmp_path)
-    assert used == pytest.approx(CHECKED * len(values), rel=0.01)
+    assert allocated(lambda: check_finite("weight", values), tmp_path) < 1000
 
 
 # --- time ---
@@ -212,7 +212,8 @@ def test_the_floor_of_scout_by_hand() -> None:
     plan = planned(SCOUT, texts=Texts(((128, 2048),)))
     taken = PACE.by_phase(plan.units[0].amounts)
     assert taken[Phase.ORIGINAL] == taken[Phase.SERVED] == pytest.approx(131, abs=1)
-    hessians = 2 * 2 * 262_144 * (5120**2 + 8192**2) * 15 / 16 / 8e11
+    halves = 5120 * (5120 + 512) / 2 + 8192 * (8192 + 512) / 2  # with blocks on the diagonal
+    hessians = 2 * 2 * 262_144 * halves * 15 / 16 / 8e11
     cross = 2 * 2 * 262_144 * (5120**2 + 2 * 5120 * 8192) * 15 / 16 / 8e11
     assert taken[Phase.MOMENTS] == pytest.approx(hessians + cross)
     assert taken[Phase.CODES] == 17 * 3 * 5120 * 8192 * 8 / 5e7
@@ -257,8 +258,8 @@ def test_the_table_says_what_the_plan_holds() -> None:
 
 
 def test_the_table_says_what_is_missing() -> None:
-    text = "\n".join(planned(SCOUT).lines(Budget(4 * GB, GB), PACE))
-    assert len(re.findall(r"of [14]\.00 GB: \d+\.\d\d GB too much", text)) == 2
+    text = "\n".join(planned(SCOUT).lines(Budget(2 * GB, GB), PACE))
+    assert len(re.findall(r"of [12]\.00 GB: \d+\.\d\d GB too much", text)) == 2
 
 
 @pytest.mark.parametrize(

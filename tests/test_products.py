@@ -1,0 +1,73 @@
+"""llama4q.products against the same sums in F64."""
+
+import pytest
+import torch
+
+from llama4q import products
+from llama4q.products import SQUARE_BLOCK, add_product, add_square, mirror, product
+
+ROWS, INPUTS, OUTPUTS = 300, SQUARE_BLOCK + 88, 70
+EXACT = 1e-6  # of the norm: F32 sums of exact products
+
+
+@pytest.fixture(params=["as this machine does it", "without MKL", "without BF16"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way must say the same of factors that BF16 is exact for."""
+    if request.param == "without MKL":
+        monkeypatch.setattr(products, "_bf16_product", lambda: None)
+    if request.param == "without BF16":
+        monkeypatch.setattr(products, "factor_dtype", lambda: torch.float32)
+
+
+def factor(rows: int, columns: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator).bfloat16()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found.double() - expected).norm() <= EXACT * expected.norm())
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_against_double_precision(dtype: torch.dtype) -> None:
+    left, right = factor(ROWS, INPUTS, 0), factor(ROWS, OUTPUTS, 1)
+    total = torch.ones(INPUTS, OUTPUTS)
+    add_product(total, left.to(dtype), right.to(dtype))
+    assert close(total, 1 + left.double().T @ right.double())
+    found = product(right.T.to(dtype), left.to(dtype))  # rows that do not lie beside each other
+    assert found.dtype is torch.float32
+    assert close(found, right.double().T @ left.double())
+
+
+@pytest.mark.usefixtures("way")
+def test_a_square_is_added_in_pieces_and_mirrored() -> None:
+    rows = factor(ROWS, INPUTS, 2)
+    total = torch.zeros(INPUTS, INPUTS)
+    for piece in (rows[:120], rows[120:], rows[:0]):
+        add_square(total, piece)
+    mirror(total)
+    assert close(total, rows.double().T @ rows.double())
+    assert torch.equal(total, total.T)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows: int) -> None:
+    left, right = factor(rows, 8, 3), factor(8, 5, 4)
+    assert close(product(left, right), left.double() @ right.double())
+    total = torch.zeros(8, 5)
+    add_product(total, left, factor(rows, 5, 5))
+    assert close(total, left.double().T @ factor(rows, 5, 5).double())
+
+
+def test_factors_are_rounded_where_the_processor_has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = torch.full((4, 4), 1 + 2**-12), torch.eye(4)
+
+    def found() -> float:
+        return float(product(left, right)[0, 0])
+
+    monkeypatch.setattr(products, "factor_dtype", lambda: torch.bfloat16)
+    assert found() == 1.0
+    monkeypatch.setattr(products, "factor_dtype", lambda: torch.float32)
+    assert found() == 1 + 2**-12
