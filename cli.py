@@ -14,6 +14,7 @@ import click
 
 from llama4q import __version__
 from llama4q.errors import UserError
+from llama4q.ranks import Ranks, join, speaker
 from llama4q.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from calibrate.data import CalibrationSet
-    from calibrate.plan import Pace
+    from calibrate.plan import Pace, Plan
     from calibrate.run import Outcome
     from calibrate.work import Texts
     from evals.questions import Questions
@@ -59,11 +60,11 @@ class Commands(click.Group):
                 _check_temporary_folder()
                 return super().invoke(context)
         except UserError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {speaker()}{error}", err=True)
             code = 1
         except Stopped as stop:
             [advice] = getattr(stop, "__notes__", ["repeat the command to start again"])
-            click.echo(f"\nStopped by {stop.signal.name}: {advice}.", err=True)
+            click.echo(f"\n{speaker()}Stopped by {stop.signal.name}: {advice}.", err=True)
             code = 128 + stop.signal
         raise SystemExit(code)
 
@@ -222,17 +223,20 @@ def quantize(
     \b
     llama4q quantize meta-llama/Llama-4-Scout-17B-16E-Instruct scout-int4 --recipe int4
     llama4q quantize pocket out --samples 64 --length 1024
+
+    Up to 8 processes share the work when torchrun starts them, on one machine or on several that
+    see the same folders. The result has the same bytes, and a run that was stopped may go on with
+    another number of them. Each gets its part of the memory; name how many threads each may use:
+
+    \b
+    OMP_NUM_THREADS=16 torchrun --nproc-per-node 4 $(which llama4q) quantize SOURCE DEST
     """
-    if source is None:
-        click.echo(
-            "No SOURCE named: quantizing the pocket Llama 4 that comes with llama4q.", err=True
-        )
     from calibrate.coverage import coverage
     from calibrate.data import calibration_tokens
     from calibrate.kernel import description
     from calibrate.mix import parse_mix
     from calibrate.plan import check_memory, plan_for
-    from calibrate.progress import Bar
+    from calibrate.progress import Bar, Silence
     from calibrate.run import DTYPES, Job, refuse_early
     from calibrate.run import quantize as run
     from evals.evaluation import Evaluation
@@ -243,33 +247,51 @@ def quantize(
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
 
-    chosen = adjusted(
-        load_recipe(recipe),
-        text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
-        method=method,
-    )  # fmt: skip
-    check_schemes(chosen)  # before anything is downloaded
+    ranks = join()
+
+    def prepared() -> tuple[Recipe, Source, ModelConfig, Path, CalibrationSet, Questions, Plan]:
+        """What the run is about, once for all ranks."""
+        if source is None:
+            click.echo(
+                "No SOURCE named: quantizing the pocket Llama 4 that comes with llama4q.", err=True
+            )
+        chosen = adjusted(
+            load_recipe(recipe),
+            text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
+            method=method,
+        )  # fmt: skip
+        check_schemes(chosen)  # before anything is downloaded
+        settings = chosen.calibration
+        mix = parse_mix(settings.text)
+        original = resolve(source or POCKET)
+        config = read_config(original.folder)
+        folder = destination or Path(f"{Path(original.name).name}-{chosen.name}")
+        _fit(config, gpu)  # refuses a GPU that nobody knows
+        lengths = [portion.length or settings.length for portion in mix]
+        refuse_early(original.folder, folder, chosen, config, lengths)
+        tokenizer = load_tokenizer(original.folder)
+        drawn = calibration_tokens(
+            mix, tokenizer,
+            samples=settings.samples * settings.candidates, length=settings.length,
+            seed=settings.seed,
+        )  # fmt: skip
+        questions = _questions(tokenizer, **measured_on)
+        texts = _texts(drawn, questions)
+        plan = plan_for(Checkpoint(original.folder), config, chosen, texts, ranks.count)
+        return chosen, original, config, folder, drawn, questions, plan
+
+    chosen, original, config, folder, drawn, questions, plan = ranks.from_first(prepared)
     settings = chosen.calibration
-    mix = parse_mix(settings.text)
-    original = resolve(source or POCKET)
-    config = read_config(original.folder)
-    folder = destination or Path(f"{Path(original.name).name}-{chosen.name}")
-    fit = _fit(config, gpu)
-    lengths = [portion.length or settings.length for portion in mix]
-    refuse_early(original.folder, folder, chosen, config, lengths)
-    tokenizer = load_tokenizer(original.folder)
-    drawn = calibration_tokens(
-        mix, tokenizer,
-        samples=settings.samples * settings.candidates, length=settings.length, seed=settings.seed,
-    )  # fmt: skip
-    questions = _questions(tokenizer, **measured_on)
-    budget = _budget(memory)
-    plan = plan_for(Checkpoint(original.folder), config, chosen, _texts(drawn, questions))
+    budget = _budget(memory, ranks)
     if only_plan:
-        click.echo("\n".join(plan.lines(budget, _pace(original.folder, folder, chosen, dtype))))
+        if ranks.first:
+            pace = _pace(original.folder, folder, chosen, dtype)
+            click.echo("\n".join(plan.lines(budget, pace)))
         return
     room = check_memory(plan, budget, memory is not None)
-    drawn = _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
+    drawn = ranks.from_first(
+        lambda: _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
+    )
     job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype])
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
@@ -294,25 +316,31 @@ def quantize(
             "layers": outcome.layers,
             "rescues": outcome.rescues,
             "evidence": outcome.evidence,
-            "fit": fit(outcome.quantized_bytes),
+            "fit": _fit(config, gpu)(outcome.quantized_bytes),
             "verified": outcome.checked,
             "files": outcome.files,
             "seconds": {"total": outcome.seconds},
         }
 
-    with Bar(plan.expected()) as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions), bar, report, room)
+    shown = Bar(plan.expected()) if ranks.first else Silence()
+    with shown as bar, _told_what_stands(folder, config.num_layers):
+        finished = run(job, Evaluation(config, questions, ranks), bar, report, room, ranks)
+    ranks.leave()
+    if not ranks.first:
+        return
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
 
 
-def _budget(memory: str | None) -> Budget:
-    """What a run may use: as named, else nine tenths of what is free."""
+def _budget(memory: str | None, ranks: Ranks) -> Budget:
+    """What this process may use: as named, else nine tenths of what is free, shared evenly by those
+    of this machine."""
     from llama4q.machine import Budget, free_memory, parse_memory
 
-    return parse_memory(memory) if memory else Budget(free_memory() * 9 // 10)
+    budget = parse_memory(memory) if memory else Budget(free_memory() * 9 // 10)
+    return Budget(budget.host // ranks.neighbours, budget.device)
 
 
 def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:

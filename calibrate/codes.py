@@ -7,7 +7,7 @@ files or models.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from .gather import Gathered, gather
 from .gptq import choose_scales, factorize, solve
 from .hessian import Hessian, damping_for, joined, shrink
 from .judge import Judge
+from .leaves import Share
 from .outputs import Turn, solve_in_turn
 from .target import Moments, Pair, corrected
 
@@ -100,38 +101,56 @@ class Coder:
         return self.solver.method is Method.GPTQ and scheme.calibrates
 
     def codes(
-        self, task: Task, pieces: Iterable[Pair], parts: torch.Tensor, others: Others | None
+        self, task: Task, piece: Callable[[int], Pair], share: Share, others: Others | None
     ) -> StoredWeight:
-        """Codes for the tokens in `pieces`; `parts [N]` says which part of the text each is of."""
+        """Codes for the tokens in `piece(0)`, `piece(1)`, ..., on all of the share's ranks.
+
+        The first of them has found them, and tells of it.
+        """
         began = time.perf_counter()
         exact = task.weight.float().contiguous()
-        solves = self.solves(task.scheme)
         halves = None
-        if solves:
+        if self.solves(task.scheme):
             crossed = self.solver.correction
             halves = (
                 Moments(exact, task.lacking, crossed),
                 Moments(exact, task.lacking, crossed),
             )
-        gathered = gather(pieces, parts, halves, others is not None)
+        gathered = gather(piece, share, halves, others is not None)
+        tokens = len(share.parts)
+        found = share.ranks.from_first(
+            lambda: self._best(task, exact, gathered, others, tokens, began)
+        )
+        give_back_memory()
+        return found
+
+    def _best(
+        self,
+        task: Task,
+        exact: torch.Tensor,
+        gathered: Gathered,
+        others: Others | None,
+        tokens: int,
+        began: float,
+    ) -> StoredWeight:
+        """Solved codes, or rounded ones where they do better."""
         judge = Judge(exact, gathered.judge, None if others is None else others.held)
         solved = _Solved(_rounded(exact, task), exact)
         wrong = rounding = judge.error(exact, solved.found)
-        if halves is not None:
+        if gathered.halves is not None:
             pool = None if others is None else others.pool
-            candidate = self._solve(task, exact, halves, gathered, pool)
+            candidate = self._solve(task, exact, gathered.halves, gathered, pool)
             wrong = judge.error(candidate.aim, candidate.found)
             if wrong is not None and rounding is not None and wrong > rounding:
                 self._rescue(task, "kept rounding", f"error {wrong:.2e} against {rounding:.2e}")
                 wrong = rounding
             else:
                 solved = candidate
-        give_back_memory()
         self.report(
             GroupReport(
                 name=task.name,
                 scheme=task.scheme.name,
-                tokens=len(parts),
+                tokens=tokens,
                 error=wrong,
                 rounding_error=rounding,
                 shrinkage=solved.shrinkage,

@@ -18,6 +18,7 @@ from llama4q.weights import Component
 
 from .gather import MOST_ROWS
 from .layer import EXPERTS_AT_ONCE, POOL_ROWS
+from .leaves import LEAVES
 from .target import HALVES
 from .work import Alike, Shape, Texts, tokens, weights_of
 
@@ -59,9 +60,9 @@ class Stage:
 # --- rows of many tokens, which may lie in files ---
 
 
-def stores(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Piece]:
-    """One for each set of rows, in the order in which a run makes them."""
-    rows, asked = tokens(texts.calibration), tokens(texts.evaluation)
+def stores(config: ModelConfig, recipe: Recipe, texts: Texts, ranks: int = 1) -> Iterator[Piece]:
+    """One for each set of rows, in the order in which one of so many ranks makes them."""
+    rows, asked = share(tokens(texts.calibration), ranks), -(-tokens(texts.evaluation) // ranks)
     width = config.hidden_size * ROW
     for stream in ("original", "served"):
         yield Piece(f"hidden states, {stream}", rows * width, Place.HOST)
@@ -69,21 +70,32 @@ def stores(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Piece]
         yield Piece(f"evaluation's hidden states, {stream}", asked * width, Place.HOST)
     for stream in ("served", "original"):
         yield Piece(f"outputs of the layer, {stream}", max(rows, asked) * width, Place.HOST)
-    most = max(_activations(config, recipe, index, rows) for index in range(config.num_layers))
+    every = [
+        alike
+        for index in range(config.num_layers)
+        for alike in weights_of(config, index, tokens(texts.calibration))
+        if recipe.scheme(alike.component, index, config.num_layers).quantizes
+    ]
+    if ranks > 1:
+        most = max((busiest(one) for one in every if one.component is Component.EXPERTS), default=0)
+        for rows_of in ("served", "original"):
+            yield Piece(f"an expert's tokens of all ranks, {rows_of}", most * width, Place.HOST)
+        lacking = most * config.hidden_size * EXACT
+        yield Piece("what the stream lacks of them", lacking, Place.HOST)
+    behind_gate = [one for one in every if one.lacking and one.component is not Component.O_PROJ]
+    most = max((_together(one, ranks) * one.inputs for one in behind_gate), default=0)
     for stream in ("original", "served"):
         yield Piece(f"activations before down, {stream}", most * ROW, Place.HOST)
 
 
-def _activations(config: ModelConfig, recipe: Recipe, index: int, rows: int) -> int:
-    """The most values that a layer keeps between gate and down, for the largest of its parts."""
-    sizes = [
-        busiest(alike) * alike.inputs
-        for alike in weights_of(config, index, rows)
-        if alike.lacking
-        and recipe.scheme(alike.component, index, config.num_layers).quantizes
-        and alike.component is not Component.O_PROJ
-    ]
-    return max(sizes, default=0)
+def share(rows: int, ranks: int) -> int:
+    """The most of all rows that one rank has: whole leaves."""
+    return rows * -(-LEAVES // ranks) // LEAVES
+
+
+def _together(alike: Alike, ranks: int) -> int:
+    """Rows of a weight that one rank has at a time: all of an expert, its share of all tokens."""
+    return busiest(alike) if alike.component is Component.EXPERTS else share(alike.rows, ranks)
 
 
 def busiest(alike: Alike) -> int:
@@ -94,8 +106,8 @@ def busiest(alike: Alike) -> int:
 # --- stages ---
 
 
-def stages(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Stage]:
-    """Everything that a run goes through; layers that are alike come again."""
+def stages(config: ModelConfig, recipe: Recipe, texts: Texts, ranks: int = 1) -> Iterator[Stage]:
+    """Everything that one of so many ranks goes through; layers that are alike come again."""
     always = (
         Piece("runtime", RUNTIME_BYTES, Place.HOST),
         Piece("routers of all layers", _router_views(config), Place.HOST),
@@ -107,7 +119,7 @@ def stages(config: ModelConfig, recipe: Recipe, texts: Texts) -> Iterator[Stage]
         resident = (*always, *_resident(config, index))
         attention = _attention(config, texts.calibration + texts.evaluation)
         yield Stage("attention", (*resident, attention))
-        for stage in _solving(config, recipe, index, tokens(texts.calibration)):
+        for stage in _solving(config, recipe, index, tokens(texts.calibration), ranks):
             yield Stage(stage.name, (*resident, *stage.pieces))
 
 
@@ -150,7 +162,9 @@ def _attention(config: ModelConfig, shapes: Sequence[Shape]) -> Piece:
     return Piece("workspace of the forward", rows * (18 * config.hidden_size + 24 * heads))
 
 
-def _solving(config: ModelConfig, recipe: Recipe, index: int, rows: int) -> Iterator[Stage]:
+def _solving(
+    config: ModelConfig, recipe: Recipe, index: int, rows: int, ranks: int
+) -> Iterator[Stage]:
     """Both stages of each of a layer's weights: its moments are gathered, then it is solved."""
     crossed = recipe.solver.correction
     pooled = recipe.solver.shrinkage and recipe.solver.method is Method.GPTQ
@@ -162,15 +176,20 @@ def _solving(config: ModelConfig, recipe: Recipe, index: int, rows: int) -> Iter
             Piece("weight in F32", EXACT * alike.inputs * alike.outputs),
             Piece("sampled rows", ROW * min(alike.rows, MOST_ROWS) * alike.inputs),
         ]
+        gathered = []
         if scheme.calibrates and recipe.solver.method is Method.GPTQ:
             held += _moments(alike, crossed)
+            gathered = [_leaves(alike, crossed, ranks)]
         if alike.component is Component.EXPERTS:
             held += _others(config, alike, pooled)
             held.append(Piece("codes to be written", _waiting(config, scheme), Place.HOST))
         name = f"{alike.component.value} {'down' if alike.lacking else 'gate_up'}"
         if alike.component is Component.O_PROJ:
             name = alike.component.value
-        yield Stage(f"{name}: moments", (*held, _forward(config, alike)))
+        if alike.component is Component.EXPERTS and ranks > 1:
+            buffers = 2 * EXACT * busiest(alike) * config.hidden_size
+            yield Stage(f"{name}: exchange", (Piece("tokens that travel", buffers, Place.HOST),))
+        yield Stage(f"{name}: moments", (*held, *gathered, _forward(config, alike)))
         yield Stage(f"{name}: codes", (*held, *_solver(alike)))
 
 
@@ -182,11 +201,21 @@ def _waiting(config: ModelConfig, scheme: Scheme) -> int:
 
 
 def _moments(alike: Alike, crossed: bool) -> Iterator[Piece]:
-    square = EXACT * alike.inputs**2
-    yield Piece("Hessians of both halves", len(HALVES) * square)
+    yield Piece("Hessians of both halves", len(HALVES) * EXACT * alike.inputs**2)
     if crossed:
-        wide = alike.outputs if alike.lacking else alike.inputs
-        yield Piece("cross moments of both halves", len(HALVES) * EXACT * alike.inputs * wide)
+        yield Piece("cross moments of both halves", len(HALVES) * _cross(alike))
+
+
+def _leaves(alike: Alike, crossed: bool, ranks: int) -> Piece:
+    """Sums that are not in those of the halves yet: of one leaf, or, before they travel, of all
+    that a rank has."""
+    one = EXACT * alike.inputs**2 + (_cross(alike) if crossed else 0)
+    count = 1 if ranks == 1 else max(1, -(-LEAVES // ranks) - len(HALVES))
+    return Piece("sums by leaf", 0 if alike.component is Component.EXPERTS else count * one)
+
+
+def _cross(alike: Alike) -> int:
+    return EXACT * alike.inputs * (alike.outputs if alike.lacking else alike.inputs)
 
 
 def _others(config: ModelConfig, alike: Alike, pooled: bool) -> Iterator[Piece]:

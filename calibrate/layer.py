@@ -3,13 +3,14 @@
 The inputs are those that the already quantized part of the model produces. An expert sees only the
 rows routed to it, scaled as the model scales them; gate and up share one factor. A layer is done in
 parts, each of which may have been written by an earlier run: then its codes are taken and not found
-again, and the streams get the same bits. Knows nothing of files or other layers.
+again, and the streams get the same bits. Of several ranks each finds the codes of some experts, and
+the first one those of what all tokens take. Knows nothing of files or other layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,14 +21,15 @@ from llama4q.config import ModelConfig
 from llama4q.hidden import Store
 from llama4q.model import DecoderLayer, Linear, Mlp, Moe, attention
 from llama4q.packing import StoredWeight, pack
+from llama4q.prefetch import prefetched
 from llama4q.recipe import Recipe
 from llama4q.schemes import QuantizedWeight, Scheme
 from llama4q.stream import TOKENS_AT_ONCE, attend
 from llama4q.weights import DOWN, GATE, UP, Component, served_inputs
 
 from .codes import Coder, GroupReport, Others, Rescue, Task
+from .exchange import Wave, waves
 from .hessian import measure, shrink
-from .judge import parts_of
 from .outputs import Turn, turns
 from .routing import output_metric
 from .streams import Both, Streams, Tokens
@@ -45,6 +47,16 @@ class Part:
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     groups: list[GroupReport] = field(default_factory=list)
     rescues: list[Rescue] = field(default_factory=list)
+
+
+def joined(parts: Iterable[Part]) -> Part:
+    """All of them as one."""
+    every = Part()
+    for part in parts:
+        every.tensors += part.tensors
+        every.groups += part.groups
+        every.rescues += part.rescues
+    return every
 
 
 class Written(Protocol):
@@ -111,10 +123,9 @@ class LayerQuantizer:
 
         Returns how many tokens reached each routed expert.
         """
-        parts_of_text = parts_of([(shape[0], shape[1]) for shape in streams.served.shapes])
         written = parts.written(0)
-        self._attend(streams, parts_of_text, written)
-        passing = Both(self.config, self.layer, streams, parts_of_text)
+        self._attend(streams, written)
+        passing = Both(self.config, self.layer, streams)
         network = self.layer.feed_forward
         name = f"{self.prefix}feed_forward"
         counts: list[int] = []
@@ -129,7 +140,7 @@ class LayerQuantizer:
             found = None if written is None else written.mlp(shared, size)
             self._mlp(shared, network.shared, Component.SHARED_EXPERT, passing.all(), found)
             self._done(parts, 0, written)
-            counts = self._experts(name, network, passing, parts)
+            counts = self._experts(f"{name}.experts", network, passing, parts)
         passing.finish()
         return counts
 
@@ -139,23 +150,66 @@ class LayerQuantizer:
         self.part = Part()
 
     def _experts(self, name: str, moe: Moe, passing: Both, parts: Parts) -> list[int]:
-        counts = []
+        """Part after part, and of each part wave after wave."""
+        every = range(len(moe.experts))
+        counts = passing.counts(len(every))
+        planned = [
+            waves(every[at : at + EXPERTS_AT_ONCE], counts, passing.ranks)
+            for at in every[::EXPERTS_AT_ONCE]
+        ]
+        own = [
+            wave[passing.ranks.number]
+            for waves_of_part in planned
+            for wave in waves_of_part
+            if passing.ranks.number < len(wave)
+        ]
+        networks = prefetched(moe.experts.__getitem__, own)
         others = None
-        for number, expert in enumerate(moe.experts):
-            part = 1 + number // EXPERTS_AT_ONCE
-            if number % EXPERTS_AT_ONCE == 0:
-                written = parts.written(part)
-                if written is None and others is None:
-                    others = self._others(passing)
-            found = None if written is None else written.expert(self.layer.index, number)
-            tokens = passing.reaching(number)
-            self._mlp(f"{name}.experts.{number}", expert, Component.EXPERTS, tokens, found, others)
-            counts.append(len(tokens.parts))
-            if (number + 1) % EXPERTS_AT_ONCE == 0 or number + 1 == len(moe.experts):
-                self._done(parts, part, written)
+        for number, waves_of_part in enumerate(planned, start=1):
+            written = parts.written(number)
+            if written is None and others is None:
+                others = self._others(passing)
+            done: dict[int, Part] = {}
+            for experts in waves_of_part:
+                done |= self._wave(name, experts, networks, passing, written, others)
+            self.part = joined(done[expert] for expert in sorted(done))
+            self._done(parts, number, written)
         return counts
 
-    def _attend(self, streams: Streams, parts: torch.Tensor, written: Written | None) -> None:
+    def _wave(
+        self,
+        name: str,
+        experts: list[int],
+        networks: Iterator[Mlp],
+        passing: Both,
+        written: Written | None,
+        others: Others | None,
+    ) -> dict[int, Part]:
+        """Experts that are handled at the same time, one by each rank; on the first rank what is to
+        be written of them."""
+        wave = Wave(passing, experts, written is None)
+        self.part = Part()
+        if wave.expert is not None:
+            before = None
+            if written is not None:
+                before = written.expert(self.layer.index, wave.expert)
+            tokens, label = wave.tokens(), f"{name}.{wave.expert}"
+            self._mlp(label, next(networks), Component.EXPERTS, tokens, before, others)
+        wave.end()
+        own = [] if wave.expert is None else [self.part]
+        found = list(passing.ranks.to_first(own))
+        for part in found[1:]:  # of the others, whose progress nobody has seen
+            self._tell(part)
+        return dict(zip(experts, found, strict=False))  # none but on the first rank
+
+    def _tell(self, part: Part) -> None:
+        report, rescue = self.progress
+        for group in part.groups:
+            report(group)
+        for one in part.rescues:
+            rescue(one)
+
+    def _attend(self, streams: Streams, written: Written | None) -> None:
         """Both streams through the attention, whose output projection is quantized on the way."""
         output = self.layer.o
         name = f"{self.prefix}self_attn.o_proj"
@@ -168,15 +222,18 @@ class LayerQuantizer:
             kept = self._kept(mixed, served)
             kept_plain = self._kept(mixed_plain, plain)
 
-            def pairs() -> Iterator[Pair]:
-                for where in served.slices():
-                    lacking = plain.rows(where).float() - served.rows(where).float()
-                    yield Pair(kept.rows(where), kept_plain.rows(where), lacking, parts[where])
+            batches = served.slices()
+            parts = streams.dealt.parts[streams.dealt.own]
+
+            def batch(number: int) -> Pair:
+                where = batches[number]
+                lacking = plain.rows(where).float() - served.rows(where).float()
+                return Pair(kept[number], kept_plain[number], lacking, parts[where])
 
             # The layer's own router sees what the attention adds, too.
             order = self._order(self.layer.index - 1)
             task = Task(name, output.weight, scheme, order=order, lacking=True)
-            found = self.coder.codes(task, pairs(), parts, None)
+            found = self.coder.codes(task, batch, streams.dealt.share(batches), None)
             self.part.tensors += pack(name, found)
             output = as_served(found, output.weight.dtype)
             mixed, mixed_plain = iter(kept), iter(kept_plain)
@@ -206,7 +263,7 @@ class LayerQuantizer:
         sample = passing.sample(POOL_ROWS * self.config.expert_size)
         pool = None
         if self.solver.shrinkage:
-            pool = measure(passing.seen(), self.config.hidden_size)
+            pool = passing.pool()
             pool = shrink(pool, pool.alone(), [sample])
         return Others(sample, pool, passing.held_out())
 
@@ -241,28 +298,27 @@ class LayerQuantizer:
     ) -> None:
         hidden_plain, hidden = (tokens.store(mlp.down.weight.shape[0]) for _ in range(2))
 
-        def before_gate() -> Iterator[Pair]:
-            energy = output_energy(mlp)
-            for piece in range(len(tokens)):
-                pair = tokens.inputs(piece)
-                gate_up = mlp.gate_up(pair.original)
-                hidden_plain[piece] = mlp.activated(gate_up)
-                weights = token_weights(gate_up, energy) if self.solver.weighting else None
-                yield dataclasses.replace(pair, weights=weights)
+        energy = output_energy(mlp)
+
+        def before_gate(piece: int) -> Pair:
+            pair = tokens.inputs(piece)
+            gate_up = mlp.gate_up(pair.original)
+            hidden_plain[piece] = mlp.activated(gate_up)
+            weights = token_weights(gate_up, energy) if self.solver.weighting else None
+            return dataclasses.replace(pair, weights=weights)
 
         task = Task(f"{name}.gate_up_proj", mlp.gate_up.weight, scheme, linears=2)
-        pair = self.coder.codes(task, before_gate(), tokens.parts, others)
+        pair = self.coder.codes(task, before_gate, tokens.share, others)
         half = Mlp(as_served(pair, self.dtype), mlp.down)
 
-        def before_down() -> Iterator[Pair]:
-            for piece in range(len(tokens)):
-                inputs = tokens.inputs(piece)
-                hidden[piece] = half.hidden(inputs.served)
-                yield Pair(hidden[piece], hidden_plain[piece], tokens.lacking(piece), inputs.part)
+        def before_down(piece: int) -> Pair:
+            inputs = tokens.inputs(piece)
+            hidden[piece] = half.hidden(inputs.served)
+            return Pair(hidden[piece], hidden_plain[piece], tokens.lacking(piece), inputs.part)
 
         task = Task(f"{name}.{DOWN}", mlp.down.weight, scheme, order=self.order, lacking=True)
         through = None if others is None else _through(others, mlp, half)
-        down = self.coder.codes(task, before_down(), tokens.parts, through)
+        down = self.coder.codes(task, before_down, tokens.share, through)
         last = as_served(down, self.dtype)
         for piece in range(len(tokens)):
             tokens.add(piece, last(hidden[piece]), mlp.down(hidden_plain[piece]))

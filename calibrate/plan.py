@@ -236,22 +236,29 @@ class Plan:
         yield f"floor {duration(floor)}, expected about {duration(OVERHEAD * floor)}"
 
 
-def make_plan(config: ModelConfig, recipe: Recipe, texts: Texts, beside: int = 0) -> Plan:
-    """`beside` are the bytes of tensors that are copied and belong to no text model."""
+def make_plan(
+    config: ModelConfig, recipe: Recipe, texts: Texts, beside: int = 0, ranks: int = 1
+) -> Plan:
+    """`beside` are the bytes of tensors that are copied and belong to no text model.
+
+    Of several ranks memory is that of one, all else that of all together.
+    """
     layers = [layer_unit(config, recipe, index, texts) for index in range(config.num_layers)]
     return Plan(
         (*layers, ending_unit(config, texts, beside)),
-        tuple(stages(config, recipe, texts)),
-        tuple(stores(config, recipe, texts)),
+        tuple(stages(config, recipe, texts, ranks)),
+        tuple(stores(config, recipe, texts, ranks)),
     )
 
 
-def plan_for(source: Checkpoint, config: ModelConfig, recipe: Recipe, texts: Texts) -> Plan:
+def plan_for(
+    source: Checkpoint, config: ModelConfig, recipe: Recipe, texts: Texts, ranks: int = 1
+) -> Plan:
     """The plan for a source whose headers have been read."""
     text = outside_bytes(config) + sum(
         layer_bytes(config, index) for index in range(config.num_layers)
     )
-    return make_plan(config, recipe, texts, max(0, source.nbytes - text))
+    return make_plan(config, recipe, texts, max(0, source.nbytes - text), ranks)
 
 
 def check_memory(plan: Plan, budget: Budget, named: bool) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,9 +25,10 @@ from llama4q.checkpoint import Checkpoint, fingerprint
 from llama4q.config import ModelConfig, read_config
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
-from llama4q.hidden import Spool, Store
+from llama4q.hidden import Spool
 from llama4q.model import DecoderLayer
 from llama4q.prefetch import prefetched
+from llama4q.ranks import ALONE, Ranks
 from llama4q.recipe import Method, Recipe, check_recipe, planned
 from llama4q.stream import LayerObserver, check_tokens, embed
 from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
@@ -35,9 +37,11 @@ from llama4q.writer import WORK, CheckpointWriter, refuse_foreign_files, to_json
 
 from .kernel import description
 from .layer import LayerQuantizer, Part, part_count
+from .leaves import check_ranks, deal
 from .progress import Progress
 from .routing import views
 from .streams import Streams
+from .units import Units, check_seen
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REST, EVIDENCE = "rest", "evidence"  # the units beside the layers
@@ -74,41 +78,57 @@ def quantize(
     progress: Progress,
     make_report: Callable[[Outcome], Mapping[str, Any]],
     room: float = float("inf"),
+    ranks: Ranks = ALONE,
 ) -> Mapping[str, Any]:
     """Quantize `job.source` into `job.destination`; returns the report written beside it.
 
     Hidden states stay in memory while there is `room` for them, in bytes, else go to files in the
-    destination; the result is the same.
+    destination; the result is the same. So it is for any number of `ranks`, each of which calls
+    this with the same job; the first one alone makes the report.
 
     Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
     """
-    run = Run(job, observer, progress, room)
-    with run.writer:  # nobody else writes there
+    run = Run(job, observer, progress, room, ranks)
+    with run.written:  # nobody else writes there
         return run.execute(make_report)
 
 
 class Run:
     """One run over the layers of a checkpoint."""
 
-    def __init__(self, job: Job, observer: LayerObserver, progress: Progress, room: float) -> None:
+    def __init__(
+        self, job: Job, observer: LayerObserver, progress: Progress, room: float, ranks: Ranks
+    ) -> None:
         self.job = job
+        self.ranks = ranks
+        ranks.from_first(self._refuse)
+        if ranks.count > 1:
+            config_file = job.source / "config.json"
+            check_seen(ranks, config_file, ranks.from_first(config_file.read_bytes), job.source)
         self.config = read_config(job.source)
-        lengths = [tokens.shape[1] for tokens in job.tokens]
-        refuse_early(job.source, job.destination, job.recipe, self.config, lengths)
         self.source = Checkpoint(job.source)
-        check_layout(self.source, self.config)
-        for tokens in job.tokens:
-            check_tokens(self.config.vocab_size, tokens)
-        self._check_disk()
         self.observer = observer
-        self.writer = CheckpointWriter(job.destination, self._run_key())
-        self.spool = Spool(room, self.writer.work)
+        self.written = Units(ranks, job.destination, self._run_key())
+        self.spool = Spool(room, self.written.work)
         self.progress = progress
         self.units = [
             *(unit for index in range(self.config.num_layers) for unit in self.layer_units(index)),
             REST,
             EVIDENCE,
         ]
+
+    def _refuse(self) -> None:
+        """Raises UserError for whatever can be told before a tensor is read."""
+        job = self.job
+        config = read_config(job.source)
+        lengths = [tokens.shape[1] for tokens in job.tokens]
+        refuse_early(job.source, job.destination, job.recipe, config, lengths)
+        check_ranks(self.ranks, sum(len(tokens) for tokens in job.tokens))
+        source = Checkpoint(job.source)
+        check_layout(source, config)
+        for tokens in job.tokens:
+            check_tokens(config.vocab_size, tokens)
+        check_disk(predicted_bytes(source, config, job.recipe), job.destination)
 
     def layer_units(self, index: int) -> list[str]:
         """The parts of a layer, and last what is to be said of it as a whole."""
@@ -117,10 +137,10 @@ class Run:
         return [*parts, name]
 
     def execute(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
-        if not self.writer.finishing(self.units):
+        if not self.written.finishing(self.units):
             with torch.inference_mode():
                 self._stream()
-        return self._finish(make_report)
+        return self.ranks.from_first(lambda: self._finish(self.written.first, make_report))
 
     def _run_key(self) -> dict[str, Any]:
         """Whatever bytes and report depend on: a rerun with another key is another run."""
@@ -136,20 +156,6 @@ class Run:
             "evaluation": self.observer.key,
         }
 
-    def _check_disk(self) -> None:
-        """Raises UserError before anything is read when the result will not fit the disk."""
-        needed = predicted_bytes(self.source, self.config, self.job.recipe)
-        folder = self.job.destination
-        there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if needed > free + there:
-            raise UserError(
-                f"{folder}: the result needs {needed / 1e9:.1f} GB, the disk has "
-                f"{(free + there) / 1e9:.1f} GB free; free {(needed - free - there) / 1e9:.1f} GB "
-                f"or choose another disk"
-            )
-
     def _stream(self) -> None:
         """Write every unit; layers in order, both streams beside each other."""
         original = LayerReader(Checkpoint(self.job.source), self.config, self.job.dtype)
@@ -158,8 +164,9 @@ class Run:
             self.progress.phase(f"inner loops: {description(self.job.recipe.solver.beams)}")
         self.router_views = views(original)
         embedding = original.embedding()
-        plain = embed(embedding, self.job.tokens, self.spool)
-        streams = Streams(self.spool.copy(plain), plain)
+        dealt = deal(self.job.tokens, self.ranks)
+        plain = embed(embedding, dealt.batches, self.spool)
+        streams = Streams(self.spool.copy(plain), plain, dealt)
         self.observer.start(embedding, self.spool)
         del embedding
         indices = range(self.config.num_layers)
@@ -169,10 +176,10 @@ class Run:
             self.observer.layer(layer, self._read_back(index))
             self.progress.layer(time.perf_counter() - began if new else None)
         self._write_rest()
-        if self.writer.done(EVIDENCE) is None:
+        if self.written.done(EVIDENCE) is None:
             self.progress.phase("comparing the predictions of both models")
             head = original.head()  # not quantized, so it serves both
-            self.writer.write(EVIDENCE, [], self.observer.finish(head, head))
+            self.written.write(EVIDENCE, [], self.observer.finish(head, head))
 
     def _layer(self, layer: DecoderLayer, streams: Streams) -> bool:
         """Both streams through a layer, whose parts are found and written unless they are there.
@@ -191,13 +198,13 @@ class Run:
         parts = LayerParts(self, index)
         counts = quantizer.quantize(streams, parts)
         *_, whole = self.layer_units(index)
-        if self.writer.done(whole) is None:
+        if self.written.done(whole) is None:
             memory = {
                 "layer": index,
                 "expert_tokens": counts,
-                "hidden_error": stream_error(streams.plain, streams.served),
+                "hidden_error": stream_error(streams, self.ranks),
             }
-            self.writer.record(whole, {}, memory)
+            self.written.write(whole, [], memory)
         return not parts.replayed
 
     def kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -209,44 +216,44 @@ class Run:
                 yield name, tensor
 
     def _write_rest(self) -> None:
-        if self.writer.done(REST) is None:
-            self.writer.write(REST, self.kept(None), {})
+        if self.written.done(REST) is None:
+            self.written.write(REST, self.kept(None), {})
 
     def _read_back(self, index: int) -> DecoderLayer:
         """A layer as written, so that a resumed run computes with the same numbers."""
         files = [
-            file for unit in self.layer_units(index) for file in self.writer.recorded(unit).files
+            file for unit in self.layer_units(index) for file in self.written.recorded(unit).files
         ]
         return self.reader_of(files).layer(index)
 
     def reader_of(self, files: Iterable[str]) -> LayerReader:
         """Reads what this run has written under these names."""
-        return LayerReader(self.writer.read_back(files), self.config, self.job.dtype)
+        return LayerReader(self.written.read_back(files), self.config, self.job.dtype)
 
-    def _layer_record(self, index: int) -> dict[str, Any]:
+    def _layer_record(self, writer: CheckpointWriter, index: int) -> dict[str, Any]:
         """What the report says of a layer: its record, and those of its parts joined."""
-        *parts, whole = (
-            dict(self.writer.recorded(unit).memory) for unit in self.layer_units(index)
-        )
+        *parts, whole = (dict(writer.recorded(unit).memory) for unit in self.layer_units(index))
         joined = {
             key: [one for part in parts for one in part[key]] for key in ("groups", "rescues")
         }
         return {**whole, **joined, "seconds": sum(part["seconds"] for part in parts)}
 
-    def _finish(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def _finish(
+        self, writer: CheckpointWriter, make_report: Callable[[Outcome], Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
         """Final names, verification, side files; the index, last of all, makes it a checkpoint."""
         self.progress.phase("verifying what was written")
-        written, files = self.writer.assemble(self.units)
+        written, files = writer.assemble(self.units)
         verify_files(self.job.destination, files)
         checked = verify(written, self.source, self.config, self.job.recipe)
-        records = [self._layer_record(index) for index in range(self.config.num_layers)]
+        records = [self._layer_record(writer, index) for index in range(self.config.num_layers)]
         rescues = [rescue for record in records for rescue in record.pop("rescues")]
         seconds = sum(record.pop("seconds") for record in records)
         report = make_report(
             Outcome(
                 layers=records,
                 rescues=rescues,
-                evidence=dict(self.writer.recorded(EVIDENCE).memory),
+                evidence=dict(writer.recorded(EVIDENCE).memory),
                 checked=checked,
                 files=files,
                 quantized_bytes=written.nbytes,
@@ -254,7 +261,7 @@ class Run:
             )
         )
         quantization = quantization_config(self.job.recipe, self.config)
-        self.writer.publish(
+        writer.publish(
             written,
             {
                 **side_files(self.job.source),
@@ -275,7 +282,7 @@ class LayerParts:
         self.replayed = False
 
     def written(self, number: int) -> LayerReader | None:
-        unit = self.run.writer.done(self.units[number])
+        unit = self.run.written.done(self.units[number])
         if unit is None:
             return None
         self.replayed = True
@@ -291,7 +298,8 @@ class LayerParts:
             "rescues": [dataclasses.asdict(rescue) for rescue in part.rescues],
             "seconds": time.perf_counter() - self.began,
         }
-        self.run.writer.write(self.units[number], [*kept, *part.tensors], memory)
+        tensors = itertools.chain(kept, part.tensors)
+        self.run.written.write(self.units[number], tensors, memory)
         self.began = time.perf_counter()
 
 
@@ -339,10 +347,31 @@ def groups_in(config: ModelConfig, recipe: Recipe) -> int:
     )
 
 
-def stream_error(plain: Store, served: Store) -> float:
+def check_disk(needed: int, folder: Path) -> None:
+    """Raises UserError before anything is read when a result of `needed` bytes will not fit."""
+    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free + there:
+        raise UserError(
+            f"{folder}: the result needs {needed / 1e9:.1f} GB, the disk has "
+            f"{(free + there) / 1e9:.1f} GB free; free {(needed - free - there) / 1e9:.1f} GB "
+            f"or choose another disk"
+        )
+
+
+def stream_error(streams: Streams, ranks: Ranks) -> float:
     """|x - y|^2 / |x|^2 over all hidden states: how far the written layers have drifted."""
+    squares = [
+        (
+            float((plain.float() - served.float()).square().sum()),
+            float(plain.float().square().sum()),
+        )
+        for plain, served in zip(streams.plain, streams.served, strict=True)
+    ]
     lost = total = 0.0
-    for original, quantized in zip(plain, served, strict=True):
-        lost += float((original.float() - quantized.float()).square().sum())
-        total += float(original.float().square().sum())
+    for batches in ranks.everyone(squares):
+        for wrong, wanted in batches:
+            lost += wrong
+            total += wanted
     return lost / total

@@ -14,7 +14,8 @@ solved exactly; the residual in the target as in SchurQuant (2608.15567). Knows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,37 @@ class Pair:
         return Batch(self.served.float() * root, self.original.float() * root, lacking)
 
 
+def concatenated(pairs: Iterable[Pair]) -> Pair:
+    """All tokens of at least one pair as one."""
+    every = list(pairs)
+    lacking = [pair.lacking for pair in every if pair.lacking is not None]
+    weights = [pair.weights for pair in every if pair.weights is not None]
+    return Pair(
+        torch.cat([pair.served for pair in every]),
+        torch.cat([pair.original for pair in every]),
+        torch.cat(lacking) if lacking else None,
+        torch.cat([pair.part for pair in every]),
+        torch.cat(weights) if weights else None,
+    )
+
+
+@dataclass
+class Sums:
+    """Second moments of some tokens."""
+
+    square: torch.Tensor  # [I, I], above its diagonal alone
+    cross: torch.Tensor  # [I, O], or [I, I] where nothing is lacking; no columns if B is not wanted
+    tokens: int = 0
+    total: float = 0.0  # of the tokens' weights
+
+    def add(self, other: Sums) -> None:
+        """Those of other tokens."""
+        self.square += other.square
+        self.cross += other.cross
+        self.tokens += other.tokens
+        self.total += other.total
+
+
 class Moments:
     """What one half of the sequences tells of a weight, added up piece by piece.
 
@@ -76,37 +108,73 @@ class Moments:
 
     def __init__(self, weight: torch.Tensor, lacking: bool, crossed: bool = True) -> None:
         """`lacking`: tokens tell what the output should make up for. `crossed`: B is wanted."""
-        inputs, outputs = weight.shape
         self.weight = weight.to(factor_dtype())  # which a weight of the source is exact in
         self.lacking = lacking
         self.crossed = crossed
-        self.square = weight.new_zeros(inputs, inputs)
-        self.cross = weight.new_zeros(inputs, (outputs if lacking else inputs) if crossed else 0)
-        self.tokens = 0
-        self.total = 0.0  # of the tokens' weights
+        self.sums: Sums | None = None  # until there are tokens
+
+    def another(self) -> Moments:
+        """For tokens of the same weight that are added up by themselves."""
+        other = copy.copy(self)
+        other.sums = None
+        return other
 
     def add(self, pair: Pair) -> None:
         """Some tokens of this half."""
-        batch = pair.batch()
-        add_square(self.square, batch.served)
+        if not len(pair.part):
+            return
+        batch, sums = pair.batch(), self._begun()
+        add_square(sums.square, batch.served)
         if self.crossed:
             moved = batch.original - batch.served
             if batch.lacking is not None:
                 moved = product(moved, self.weight).add_(batch.lacking)
-            add_product(self.cross, batch.served, moved)
-        self.tokens += len(pair.part)
-        self.total += len(pair.part) if pair.weights is None else float(pair.weights.sum())
+            add_product(sums.cross, batch.served, moved)
+        sums.tokens += len(pair.part)
+        sums.total += len(pair.part) if pair.weights is None else float(pair.weights.sum())
+
+    def take(self, sums: Sums | None) -> None:
+        """What others have added up; the first such sums are kept as they are."""
+        if self.sums is None:
+            self.sums = sums
+        elif sums is not None:
+            self.sums.add(sums)
 
     def to_means(self, unit: float) -> None:
         """From sums to means over the tokens; `unit` is what a token weighs on average."""
-        mirror(self.square)
-        divisor = max(1, self.tokens) * (unit or 1.0)
-        self.square.div_(divisor)
-        self.cross.div_(divisor)
+        sums = self._begun()
+        mirror(sums.square)
+        divisor = max(1, sums.tokens) * (unit or 1.0)
+        sums.square.div_(divisor)
+        sums.cross.div_(divisor)
+
+    def _begun(self) -> Sums:
+        """The sums, which are zero where no token has come."""
+        if self.sums is None:
+            inputs, outputs = self.weight.shape
+            columns = (outputs if self.lacking else inputs) if self.crossed else 0
+            square, cross = (
+                self.weight.new_zeros(inputs, width, dtype=torch.float32)
+                for width in (inputs, columns)
+            )
+            self.sums = Sums(square, cross)
+        return self.sums
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.sums is None else self.sums.tokens
+
+    @property
+    def total(self) -> float:
+        return 0.0 if self.sums is None else self.sums.total
 
     @property
     def hessian(self) -> Hessian:
-        return Hessian(self.square, self.tokens)
+        return Hessian(self._begun().square, self.tokens)
+
+    @property
+    def cross(self) -> torch.Tensor:
+        return self._begun().cross
 
     def wanted(self, columns: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """B `[I, O]`, or some of its columns."""
@@ -158,7 +226,7 @@ def _share(
         steps.append(factor.divide(cross))
     gain = (steps[0] * crosses[1]).sum() + (steps[1] * crosses[0]).sum()
     cost = sum(
-        (step * product(other.square, step)).sum()
+        (step * product(other.hessian.matrix, step)).sum()
         for step, other in zip(steps, reversed(halves), strict=True)
     )
     return float((gain / cost).clamp(0, 1)) if cost > 0 else 0.0

@@ -1,12 +1,13 @@
 """Original and quantized model side by side in one streamed pass, and what sets them apart.
 
 Rides along with a quantize run, or with `compare` over any two checkpoints. Both models see the
-same windows of text and the same needle prompts. Knows nothing of how codes are found.
+same windows of text and the same needle prompts, of which several ranks take turns. Knows nothing
+of how codes are found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +15,22 @@ import torch
 from llama4q.config import ModelConfig
 from llama4q.errors import UserError
 from llama4q.hidden import Spool, Store
-from llama4q.model import DecoderLayer, Head, Routing, logits
+from llama4q.model import DecoderLayer, Head, logits
 from llama4q.prefetch import prefetched
-from llama4q.stream import POSITIONS_AT_ONCE, advance, embed
+from llama4q.ranks import ALONE, Ranks
+from llama4q.stream import POSITIONS_AT_ONCE, advance, embed, split_rows
 from llama4q.weights import LayerReader
 
 from . import retrieval
-from .likelihood import Likelihood
+from .likelihood import Likelihood, Window, compared
+from .needle import NeedlePrompt
 from .questions import Questions
 
 
 class Evaluation:
     """A LayerObserver that carries two streams of hidden states and compares them."""
 
-    def __init__(self, config: ModelConfig, questions: Questions) -> None:
+    def __init__(self, config: ModelConfig, questions: Questions, ranks: Ranks = ALONE) -> None:
         """Raises UserError for windows or prompts longer than the model reads."""
         longest = max([questions.windows.shape[1], *(p.length for p in questions.prompts)])
         if longest > config.max_positions:
@@ -37,74 +40,87 @@ class Evaluation:
             )
         self.config = config
         self.questions = questions
+        self.ranks = ranks
         self.key = f"{questions.digest} {retrieval.digest(questions.prompts)}"
         self.routing: list[dict[str, Any]] = []
 
     def start(self, embedding: torch.Tensor, spool: Spool) -> None:
-        inputs = [self.questions.windows, *retrieval.batches(self.questions.prompts)]
-        self.plain = embed(embedding, inputs, spool)
+        """Every rank takes every so-manyth batch."""
+        every = [self.questions.windows, *retrieval.batches(self.questions.prompts)]
+        batches = [part for batch in every for part in split_rows(batch)]
+        numbers = torch.arange(sum(map(len, batches))).split([len(batch) for batch in batches])
+        own = slice(self.ranks.number, None, self.ranks.count)
+        self.numbers = [number for some in numbers[own] for number in some.tolist()]
+        self.plain = embed(embedding, batches[own], spool)
         self.served = spool.copy(self.plain)
 
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
         plain = advance(self.config, original, self.plain)
         served = advance(self.config, quantized, self.served)
-        agreement = _agreement(plain, served)
-        if agreement is not None:
-            self.routing.append({"layer": original.index, "agreement": agreement})
+        if plain is None or served is None:
+            return
+        own = int((plain.expert == served.expert).sum()), len(plain.expert)
+        same, tokens = map(sum, zip(*self.ranks.everyone(own), strict=True))
+        self.routing.append({"layer": original.index, "agreement": same / tokens})
 
     def finish(self, original: Head, quantized: Head) -> dict[str, Any]:
         """The report's `evidence`."""
-        plain, served = _Rows(self.plain), _Rows(self.served)
+        own: dict[int, Any] = {}  # by the number of the sequence
+        windows = len(self.questions.windows)
+        for number, plain, served in zip(
+            self.numbers, _sequences(self.plain), _sequences(self.served), strict=True
+        ):
+            if number < windows:
+                targets = self.questions.windows[number, 1:]
+                own[number] = self._window(original, quantized, plain, served, targets)
+            else:
+                prompt = self.questions.prompts[number - windows]
+                own[number] = [
+                    self._answers(head, hidden, prompt)
+                    for head, hidden in ((original, plain), (quantized, served))
+                ]
+        found = {number: one for rank in self.ranks.everyone(own) for number, one in rank.items()}
         return {
-            "likelihood": self._likelihood(original, quantized, plain, served),
+            "likelihood": self._likelihood([found[number] for number in range(windows)]),
             "routing": self.routing,
-            "retrieval": self._retrieval(original, quantized, plain, served),
+            "retrieval": self._retrieval([found[number] for number in range(windows, len(found))]),
         }
 
-    def _likelihood(
-        self, original: Head, quantized: Head, plain: _Rows, served: _Rows
-    ) -> dict[str, Any]:
-        collected = Likelihood()
-        for window in self.questions.windows:
-            parts = [
-                part.split(POSITIONS_AT_ONCE)
-                for part in (next(plain)[:-1], next(served)[:-1], window[1:])
-            ]
-            collected.add(
-                (_scores(self.config, original, x), _scores(self.config, quantized, y), targets)
-                for x, y, targets in zip(*parts, strict=True)
-            )
-        return collected.summary(self.questions.digest)
-
-    def _retrieval(
-        self, original: Head, quantized: Head, plain: _Rows, served: _Rows
-    ) -> dict[str, Any] | None:
-        prompts = self.questions.prompts
-        if not prompts:
-            return None
-
-        def answers(head: Head, rows: _Rows) -> list[bool]:
-            found = []
-            for prompt in prompts:
-                hidden = next(rows)[retrieval.answer_positions(prompt)]
-                predicted = _scores(self.config, head, hidden).argmax(dim=-1)
-                found.append(retrieval.exact(predicted, prompt))
-            return found
-
-        return retrieval.summary(
-            prompts, answers(original, plain), answers(quantized, served), self.questions.seed
+    def _window(
+        self,
+        original: Head,
+        quantized: Head,
+        plain: torch.Tensor,
+        served: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> Window:
+        parts = [part.split(POSITIONS_AT_ONCE) for part in (plain[:-1], served[:-1], targets)]
+        return compared(
+            (_scores(self.config, original, x), _scores(self.config, quantized, y), wanted)
+            for x, y, wanted in zip(*parts, strict=True)
         )
 
+    def _answers(self, head: Head, hidden: torch.Tensor, prompt: NeedlePrompt) -> bool:
+        """Whether a model answers exactly."""
+        scores = _scores(self.config, head, hidden[retrieval.answer_positions(prompt)])
+        return retrieval.exact(scores.argmax(dim=-1), prompt)
 
-class _Rows:
-    """The sequences of all batches, one after the other, each `[T, D]`."""
+    def _likelihood(self, windows: Sequence[Window]) -> dict[str, Any]:
+        collected = Likelihood()
+        for window in windows:
+            collected.add(window)
+        return collected.summary(self.questions.digest)
 
-    def __init__(self, batches: Store) -> None:
-        self._rows = (row for batch in batches for row in batch)
+    def _retrieval(self, answers: Sequence[Sequence[bool]]) -> dict[str, Any] | None:
+        if not answers:
+            return None
+        plain, served = zip(*answers, strict=True)
+        return retrieval.summary(self.questions.prompts, plain, served, self.questions.seed)
 
-    def __next__(self) -> torch.Tensor:
-        row: torch.Tensor = next(self._rows)
-        return row
+
+def _sequences(batches: Store) -> Iterator[torch.Tensor]:
+    """Of all batches, one after the other, each `[T, D]`."""
+    return (row for batch in batches for row in batch)
 
 
 def _scores(config: ModelConfig, head: Head, hidden: torch.Tensor) -> torch.Tensor:
@@ -116,13 +132,6 @@ def _scores(config: ModelConfig, head: Head, hidden: torch.Tensor) -> torch.Tens
             "large, download the checkpoint again"
         )
     return scores
-
-
-def _agreement(plain: Routing | None, served: Routing | None) -> float | None:
-    """The share of tokens that both models send to the same expert; None in a dense layer."""
-    if plain is None or served is None:
-        return None
-    return float((plain.expert == served.expert).double().mean())
 
 
 @torch.inference_mode()

@@ -17,6 +17,14 @@ from .statistics import clustered_mean, percentile, perplexity
 
 # both models' logits `[T, vocabulary]` and the tokens `[T]` that came
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# of each token of a window: both losses, the divergence, and whether the arg max is the same
+Window = tuple[torch.Tensor, ...]
+
+
+def compared(pieces: Iterable[Piece]) -> Window:
+    """One window, in pieces of which only one need be in memory."""
+    found = [_compared(*piece) for piece in pieces]
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 class Likelihood:
@@ -28,15 +36,11 @@ class Likelihood:
         self.divergence: list[torch.Tensor] = []
         self.agree: list[torch.Tensor] = []
 
-    def add(self, pieces: Iterable[Piece]) -> None:
-        """One window, in pieces of which only one need be in memory."""
-        compared = [_compared(*piece) for piece in pieces]
-        for all_windows, parts in zip(
-            (self.original, self.quantized, self.divergence, self.agree),
-            zip(*compared, strict=True),
-            strict=True,
+    def add(self, window: Window) -> None:
+        for all_windows, values in zip(
+            (self.original, self.quantized, self.divergence, self.agree), window, strict=True
         ):
-            all_windows.append(torch.cat(parts))
+            all_windows.append(values)
 
     def summary(self, digest: str) -> dict[str, Any]:
         """JSON for the report; `digest` names the tokens."""
@@ -62,10 +66,7 @@ class Likelihood:
         }
 
 
-def _compared(
-    original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Of each token: both losses, the divergence, and whether the arg max is the same."""
+def _compared(original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> Window:
     plain = functional.log_softmax(original.float(), dim=-1)
     served = functional.log_softmax(quantized.float(), dim=-1)
     return (

@@ -117,12 +117,13 @@ class Passing:
         moe = self.layer.feed_forward
         if isinstance(moe, Mlp):
             return None
-        routed = [route(moe, self.inputs(piece)) for piece in self.everywhere()]
+        nothing = Routing(torch.empty(0, dtype=torch.int64), torch.empty(0, 1, dtype=self.dtype))
+        routed = [nothing, *(route(moe, self.inputs(piece)) for piece in self.everywhere())]
         return Routing(
             torch.cat([one.expert for one in routed]), torch.cat([one.score for one in routed])
         )
 
-    def everywhere(self) -> list[Where]:
+    def everywhere(self) -> list[slice]:
         """All tokens, in pieces of at most TOKENS_AT_ONCE."""
         return [
             slice(start, min(start + TOKENS_AT_ONCE, batch.stop))
@@ -158,8 +159,8 @@ class Passing:
     def through(self, mlp: Mlp, expert: int | None = None) -> None:
         """Through a part that all tokens take, or those that are routed to `expert`."""
         if expert is None:
-            for piece in self.everywhere():
-                self.add(piece, mlp(self.inputs(piece)), first=True)
+            for where in self.everywhere():
+                self.add(where, mlp(self.inputs(where)), first=True)
         else:
             for piece in self.reaching(expert):
                 self.add(piece, mlp(self.scaled(piece)))

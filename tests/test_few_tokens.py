@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from calibrate.data import calibration_tokens
 from calibrate.layer import LayerQuantizer, Part
+from calibrate.leaves import deal
 from calibrate.routing import views
 from calibrate.streams import Streams
-from evals.likelihood import Likelihood
+from evals.likelihood import Likelihood, compared
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import ModelConfig, read_config
 from llama4q.hidden import Spool
@@ -100,16 +101,18 @@ def quantized(scene: Scene, tokens: int, method: Method, folder: Path) -> Checkp
     keep = torch.ones_like(scene.expert, dtype=torch.bool)
     for number in STARVED:
         keep[torch.nonzero(scene.expert == number).squeeze(1)[tokens:]] = False
-    batch = scene.hidden[keep][:, None]  # sequences of one token each
+    dealt = deal([torch.nonzero(keep)])  # sequences of one token each
+    batches = [scene.hidden[rows] for rows in dealt.batches]
     recipe = dataclasses.replace(load_recipe("int4"), solver=Solver(method=method))
     with torch.inference_mode():
         seen = views(scene.reader)
         quantizer = LayerQuantizer(scene.config, recipe, scene.layer, seen, ignore, ignore)
         spool, parts = Spool(), Collected()
-        stores = [spool.store([batch.shape], batch.dtype) for _ in range(2)]
-        for store in stores:
-            store[0] = batch
-        counts = quantizer.quantize(Streams(*stores), parts)
+        shapes = [batch.shape for batch in batches]
+        served = spool.store(shapes, scene.hidden.dtype)
+        for number, batch in enumerate(batches):
+            served[number] = batch
+        counts = quantizer.quantize(Streams(served, spool.copy(served), dealt), parts)
     assert [counts[number] for number in STARVED] == [tokens] * len(STARVED)
     folder.mkdir()
     tensors = parts.tensors
@@ -139,7 +142,7 @@ def divergence(scene: Scene, checkpoint: Checkpoint) -> float:
             windows.tokens, streams[0][0], streams[1][0], strict=True
         ):
             scores = [logits(scene.config, head, hidden[:-1]) for hidden in (original, other)]
-            collected.add([(scores[0], scores[1], window[1:])])
+            collected.add(compared([(scores[0], scores[1], window[1:])]))
     return float(collected.summary("")["kl_mean"])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from evals import retrieval
-from evals.likelihood import Likelihood
+from evals.likelihood import Likelihood, compared
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import ModelConfig, read_config
@@ -54,7 +54,7 @@ def verdict(original: Seen, contestant: Seen, questions: Questions) -> dict[str,
     with torch.inference_mode():
         for number, window in enumerate(questions.windows):
             plain, served = (_scores(seen, number)[:-1] for seen in (original, contestant))
-            likelihood.add([(plain, served, window[1:])])
+            likelihood.add(compared([(plain, served, window[1:])]))
     summary = likelihood.summary(questions.digest)
     return {
         "kl": [float(window.double().mean()) for window in likelihood.divergence],
