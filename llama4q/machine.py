@@ -179,7 +179,7 @@ def measure_rates(shard: Path, folder: Path, device: torch.device | None = None)
     flops, total = 2 * size**3, torch.zeros_like(f32)
     return Rates(
         f32=best_rate(lambda: f32 @ f32, flops, where),
-        bf16_factors=best_rate(lambda: add_product(total, bf16, bf16), flops, where),
+        bf16_factors=best_rate(lambda: add_product(total, bf16.T, bf16), flops, where),
         bf16=best_rate(lambda: bf16 @ bf16, flops, where),
         copy=_copy_rate(where),
         read=_read_rate(shard),

@@ -258,8 +258,8 @@ def test_the_table_says_what_the_plan_holds() -> None:
 
 
 def test_the_table_says_what_is_missing() -> None:
-    text = "\n".join(planned(SCOUT).lines(Budget(2 * GB, GB), PACE))
-    assert len(re.findall(r"of [12]\.00 GB: \d+\.\d\d GB too much", text)) == 2
+    text = "\n".join(planned(SCOUT).lines(Budget(GB, GB), PACE))
+    assert len(re.findall(r"of 1\.00 GB: \d+\.\d\d GB too much", text)) == 2
 
 
 @pytest.mark.parametrize(
