@@ -240,6 +240,7 @@ def quantize(
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.hub import POCKET, resolve
+    from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
 
@@ -268,7 +269,8 @@ def quantize(
     if only_plan:
         click.echo("\n".join(plan.lines(budget, _pace(original.folder, folder, chosen, dtype))))
         return
-    room = check_memory(plan, budget, memory is not None)
+    held = check_memory(plan, budget, memory is not None)
+    keep_freed_memory()
     drawn = _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
     job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype])
 
@@ -301,7 +303,7 @@ def quantize(
         }
 
     with Bar(plan.expected()) as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions), bar, report, room)
+        finished = run(job, Evaluation(config, questions), bar, report, held)
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
