@@ -244,6 +244,7 @@ def quantize(
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.hub import POCKET, resolve
+    from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
 
@@ -288,7 +289,8 @@ def quantize(
             pace = _pace(original.folder, folder, chosen, dtype)
             click.echo("\n".join(plan.lines(budget, pace)))
         return
-    room = check_memory(plan, budget, memory is not None)
+    held = check_memory(plan, budget, memory is not None)
+    keep_freed_memory()
     drawn = ranks.from_first(
         lambda: _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
     )
@@ -324,7 +326,7 @@ def quantize(
 
     shown = Bar(plan.expected()) if ranks.first else Silence()
     with shown as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions, ranks), bar, report, room, ranks)
+        finished = run(job, Evaluation(config, questions, ranks), bar, report, held, ranks)
     ranks.leave()
     if not ranks.first:
         return

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from llama4q import bnb
-from llama4q.machine import give_back_memory
 from llama4q.packing import StoredWeight
 from llama4q.recipe import Method, Solver
 from llama4q.schemes import QuantizedWeight, Scheme, round_to_nearest
@@ -118,11 +117,9 @@ class Coder:
             )
         gathered = gather(piece, share, halves, others is not None)
         tokens = len(share.parts)
-        found = share.ranks.from_first(
+        return share.ranks.from_first(
             lambda: self._best(task, exact, gathered, others, tokens, began)
         )
-        give_back_memory()
-        return found
 
     def _best(
         self,

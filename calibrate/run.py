@@ -26,6 +26,7 @@ from llama4q.config import ModelConfig, read_config
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
 from llama4q.hidden import Spool
+from llama4q.machine import UNBOUNDED, Memory, give_back_memory
 from llama4q.model import DecoderLayer
 from llama4q.prefetch import prefetched
 from llama4q.ranks import ALONE, Ranks
@@ -35,6 +36,7 @@ from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
 from llama4q.writer import WORK, CheckpointWriter, refuse_foreign_files, to_json
 
+from .codes import GroupReport
 from .kernel import description
 from .layer import LayerQuantizer, Part, part_count
 from .leaves import check_ranks, deal
@@ -77,18 +79,18 @@ def quantize(
     observer: LayerObserver,
     progress: Progress,
     make_report: Callable[[Outcome], Mapping[str, Any]],
-    room: float = float("inf"),
+    memory: Memory = UNBOUNDED,
     ranks: Ranks = ALONE,
 ) -> Mapping[str, Any]:
     """Quantize `job.source` into `job.destination`; returns the report written beside it.
 
-    Hidden states stay in memory while there is `room` for them, in bytes, else go to files in the
-    destination; the result is the same. So it is for any number of `ranks`, each of which calls
-    this with the same job; the first one alone makes the report.
+    What does not go into `memory` goes to files in the destination; the result is the same. So it
+    is for any number of `ranks`, each of which calls this with the same job; the first one alone
+    makes the report.
 
     Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
     """
-    run = Run(job, observer, progress, room, ranks)
+    run = Run(job, observer, progress, memory, ranks)
     with run.written:  # nobody else writes there
         return run.execute(make_report)
 
@@ -97,7 +99,7 @@ class Run:
     """One run over the layers of a checkpoint."""
 
     def __init__(
-        self, job: Job, observer: LayerObserver, progress: Progress, room: float, ranks: Ranks
+        self, job: Job, observer: LayerObserver, progress: Progress, memory: Memory, ranks: Ranks
     ) -> None:
         self.job = job
         self.ranks = ranks
@@ -109,7 +111,8 @@ class Run:
         self.source = Checkpoint(job.source)
         self.observer = observer
         self.written = Units(ranks, job.destination, self._run_key())
-        self.spool = Spool(room, self.written.work)
+        self.spool = Spool(memory.rows, self.written.work)
+        self.most = memory.most
         self.progress = progress
         self.units = [
             *(unit for index in range(self.config.num_layers) for unit in self.layer_units(index)),
@@ -192,7 +195,7 @@ class Run:
             self.job.recipe,
             layer,
             self.router_views,
-            self.progress.group,
+            self._group,
             self.progress.rescue,
         )
         parts = LayerParts(self, index)
@@ -206,6 +209,10 @@ class Run:
             }
             self.written.write(whole, [], memory)
         return not parts.replayed
+
+    def _group(self, report: GroupReport) -> None:
+        give_back_memory(self.most)
+        self.progress.group(report)
 
     def kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a layer (None: of no layer) that are copied bit for bit."""

@@ -129,7 +129,7 @@ class Moments:
             moved = batch.original - batch.served
             if batch.lacking is not None:
                 moved = product(moved, self.weight).add_(batch.lacking)
-            add_product(sums.cross, batch.served, moved)
+            add_product(sums.cross, batch.served.T, moved)
         sums.tokens += len(pair.part)
         sums.total += len(pair.part) if pair.weights is None else float(pair.weights.sum())
 
@@ -197,7 +197,7 @@ def corrected(
     alpha = _share(halves, factor.damping, blend)
     if not alpha:
         return weight, alpha
-    return weight + alpha * factor.divide(both(halves).wanted()), alpha
+    return factor.divide(both(halves).wanted()).mul_(alpha).add_(weight), alpha
 
 
 def both(halves: tuple[Moments, Moments]) -> Moments:

@@ -45,6 +45,7 @@ class Units:
         word = ranks.from_first(begin)
         if ranks.count > 1:
             check_seen(ranks, self.work / SEEN, word.encode(), folder)
+            check_alike(ranks, dict(run_key))
 
     def __enter__(self) -> Units:
         return self
@@ -100,5 +101,21 @@ def check_seen(ranks: Ranks, file: Path, content: bytes, folder: Path) -> None:
                     f"{folder}: rank {number} on {host} does not see what rank 0 sees there; "
                     f"name a folder that all ranks share"
                 )
+
+    ranks.from_first(refuse)
+
+
+def check_alike(ranks: Ranks, run_key: dict[str, Any]) -> None:
+    """Raises UserError on the first rank, and ends the others, where one does another run."""
+    found = ranks.everyone((run_key, socket.gethostname()))
+
+    def refuse() -> None:
+        for number, (other, host) in enumerate(found):
+            for name, value in run_key.items():
+                if other[name] != value:
+                    raise UserError(
+                        f"rank {number} on {host} has another {name} than rank 0 ({other[name]} "
+                        f"there, {value} here); start all ranks with the same files and programs"
+                    )
 
     ranks.from_first(refuse)

@@ -16,6 +16,7 @@ from evals.needle import NeedlePrompt
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
+from llama4q.machine import Memory
 from llama4q.model import logits
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.stream import advance, embed
@@ -92,7 +93,7 @@ def run(
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return dataclasses.asdict(outcome)
 
-    return quantize(job, evaluation, progress or Quiet(), report, room)
+    return quantize(job, evaluation, progress or Quiet(), report, Memory(room))
 
 
 @torch.inference_mode()
