@@ -24,6 +24,7 @@ import torch
 
 from calibrate.judge import parts_of
 from calibrate.leaves import LEAVES, check_ranks, deal
+from calibrate.units import check_alike
 from llama4q.errors import UserError
 from llama4q.ranks import Ranks
 from llama4q.writer import WORK
@@ -197,6 +198,14 @@ class Numbered(Ranks):
     count: int
 
 
+class Mixed(Numbered):
+    """The first of two ranks, the other one of which has another version."""
+
+    def everyone(self, value: Any) -> list[Any]:
+        key, host = value
+        return [value, ({**key, "llama4q": "0.0.1"}, host)]
+
+
 TEXTS = (
     torch.arange(13 * 4).view(13, 4),
     1000 + torch.arange(9 * 6).view(9, 6),
@@ -238,3 +247,10 @@ def test_more_ranks_than_there_is_text_for(count: int, sequences: int, said: str
     with pytest.raises(UserError, match=said):
         check_ranks(Numbered(0, count), sequences)
     check_ranks(Numbered(0, 1), 1)
+
+
+def test_ranks_with_other_programs_or_files_are_refused() -> None:
+    key = {"source": "one", "llama4q": "0.1.0"}
+    with pytest.raises(UserError, match=r"rank 1 on .* has another llama4q than rank 0 \(0\.0\.1"):
+        check_alike(Mixed(0, 2), key)
+    check_alike(Numbered(0, 1), key)
