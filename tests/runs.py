@@ -16,7 +16,7 @@ from evals.needle import NeedlePrompt
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
-from llama4q.machine import Memory
+from llama4q.machine import UNBOUNDED, Memory
 from llama4q.model import logits
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.stream import advance, embed
@@ -77,7 +77,7 @@ def run(
     progress: Quiet | None = None,
     dtype: torch.dtype = torch.float32,
     asked: Questions | None = None,
-    room: float = float("inf"),
+    memory: Memory = UNBOUNDED,
 ) -> Mapping[str, Any]:
     """The report of a small run; the recipe may be a shipped one's name.
 
@@ -93,7 +93,7 @@ def run(
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return dataclasses.asdict(outcome)
 
-    return quantize(job, evaluation, progress or Quiet(), report, Memory(room))
+    return quantize(job, evaluation, progress or Quiet(), report, memory)
 
 
 @torch.inference_mode()
