@@ -228,7 +228,7 @@ class LayerQuantizer:
             def batch(number: int) -> Pair:
                 where = batches[number]
                 lacking = plain.rows(where).float() - served.rows(where).float()
-                return Pair(kept[number], kept_plain[number], lacking, parts[where])
+                return Pair(kept.rows(where), kept_plain.rows(where), lacking, parts[where])
 
             # The layer's own router sees what the attention adds, too.
             order = self._order(self.layer.index - 1)
