@@ -157,12 +157,8 @@ class LayerQuantizer:
             waves(every[at : at + EXPERTS_AT_ONCE], counts, passing.ranks)
             for at in every[::EXPERTS_AT_ONCE]
         ]
-        own = [
-            wave[passing.ranks.number]
-            for waves_of_part in planned
-            for wave in waves_of_part
-            if passing.ranks.number < len(wave)
-        ]
+        rank = passing.ranks.number
+        own = [wave[rank] for part in planned for wave in part if rank < len(wave)]
         networks = prefetched(moe.experts.__getitem__, own)
         others = None
         for number, waves_of_part in enumerate(planned, start=1):
@@ -221,7 +217,6 @@ class LayerQuantizer:
         elif scheme.quantizes:
             kept = self._kept(mixed, served)
             kept_plain = self._kept(mixed_plain, plain)
-
             batches = served.slices()
             parts = streams.dealt.parts[streams.dealt.own]
 

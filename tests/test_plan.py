@@ -136,6 +136,19 @@ def test_rows_of_tokens_by_hand() -> None:
     assert found == [stream, stream, asked, asked, stream, stream, activations, activations]
 
 
+def test_rows_of_tokens_of_one_rank_by_hand() -> None:
+    """Of 3 ranks: 3 of 8 leaves at most, a third of the evaluation; the tokens of all ranks that
+    reach the busiest expert, in both streams and with what is lacking in F32."""
+    config = parse_config(SCOUT, "scout")
+    found = [store.nbytes for store in stores(config, load_recipe("int4"), TEXTS, 3)]
+    stream, asked, busiest = 98_304 * 5120 * 2, 24_576 * 5120 * 2, 40_960 * 5120
+    activations = 98_304 * 8192 * 2
+    assert found == [
+        *[stream] * 2, *[asked] * 2, *[stream] * 2,
+        2 * busiest, 2 * busiest, 4 * busiest, *[activations] * 2,
+    ]  # fmt: skip
+
+
 def test_activations_without_a_quantized_shared_expert() -> None:
     """Then the busiest routed expert counts: 2.5 times the mean."""
     config, int4 = parse_config(SCOUT, "scout"), load_recipe("int4")
