@@ -92,9 +92,9 @@ class Sums:
     total: float = 0.0  # of the tokens' weights
 
     def add(self, other: Sums) -> None:
-        """Those of other tokens."""
-        self.square += other.square
-        self.cross += other.cross
+        """Those of other tokens, which may come from another machine's memory."""
+        self.square += other.square.to(self.square.device)
+        self.cross += other.cross.to(self.cross.device)
         self.tokens += other.tokens
         self.total += other.total
 

@@ -87,7 +87,7 @@ class Group(Ranks):
         arriving = torch.empty_like(sent)
         _talk(distributed.all_to_all_single, arriving, sent)
         rows = torch.cat(list(parts))
-        found = rows.new_empty((int(arriving.sum()), *rows.shape[1:]))
+        found = torch.empty(int(arriving.sum()), *rows.shape[1:], dtype=rows.dtype)
         row_bytes = rows.itemsize * rows.shape[1:].numel()
         sizes = [(counts * row_bytes).tolist() for counts in (arriving, sent)]
         _talk(distributed.all_to_all_single, _raw(found), _raw(rows), *sizes)
@@ -152,8 +152,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    """Its bytes, whatever it holds; in place where they lie beside each other."""
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    """Its bytes on the host, whatever it holds; in place where they lie there beside each other."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def _talk(say: Callable[..., object], *what: Any) -> None:
