@@ -26,7 +26,7 @@ from llama4q.writer import CheckpointWriter
 
 from . import runs
 
-LAYERS, SEQUENCES, LENGTH = 2, 160, 512  # rows of 82,000 tokens are what budgets are about
+LAYERS, SEQUENCES, LENGTH = 2, 96, 512  # rows of 49,000 tokens are what budgets are about
 
 
 @dataclasses.dataclass(frozen=True)
