@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llama4q.hub import Source
     from llama4q.machine import Budget
     from llama4q.recipe import Calibration, Recipe
+    from llama4q.weights import LayerReader
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -142,6 +143,12 @@ def evaluation_options(command: Command) -> Command:
                 show_default=True,
                 help="Arithmetic: bfloat16 as engines serve, float32 to compare methods.",
             ),
+            click.option(
+                "--device",
+                metavar="NAME",
+                help="Where to compute: cpu, cuda, or one of several GPUs as cuda:1.  "
+                "[default: the GPU where there is one]",
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
         )
     ):
@@ -188,9 +195,9 @@ def inspect(source: str, as_json: bool) -> None:
     help="How INT codes are found; rtn rounds to nearest, to compare with.  [default: gptq]",
 )  # fmt: skip
 @click.option(
-    "--memory", metavar="HOST",
-    help="What the run may use of this machine, as in 16GB. With little of it hidden states lie in "
-    "files; the result is the same.  [default: nine tenths of what is free]",
+    "--memory", metavar="HOST[,GPU]",
+    help="What the run may use of this machine, as in 16GB or 16GB,70GB. With little of it hidden "
+    "states lie in files; the result is the same.  [default: nine tenths of what is free]",
 )  # fmt: skip
 @click.option("--plan", "only_plan", is_flag=True, help="Say what the run will take, and stop.")
 @click.option("--gpu", default=GPU, show_default=True, help="The device of the fit line.")
@@ -209,6 +216,7 @@ def quantize(
     only_plan: bool,
     gpu: str,
     dtype: str,
+    device: str | None,
     as_json: bool,
     **measured_on: Any,
 ) -> None:
@@ -239,10 +247,14 @@ def quantize(
     from evals.report import render
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
+    from llama4q.device import use_device
     from llama4q.hub import POCKET, resolve
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
+    from llama4q.weights import LayerReader
 
+    where = use_device(device)
+    budget = _budget(memory, where)
     chosen = adjusted(
         load_recipe(recipe),
         text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
@@ -263,14 +275,15 @@ def quantize(
         samples=settings.samples * settings.candidates, length=settings.length, seed=settings.seed,
     )  # fmt: skip
     questions = _questions(tokenizer, **measured_on)
-    budget = _budget(memory)
     plan = plan_for(Checkpoint(original.folder), config, chosen, _texts(drawn, questions))
     if only_plan:
-        click.echo("\n".join(plan.lines(budget, _pace(original.folder, folder, chosen, dtype))))
+        measured = _pace(original.folder, folder, chosen, dtype, where)
+        click.echo("\n".join(plan.lines(budget, measured)))
         return
     room = check_memory(plan, budget, memory is not None)
-    drawn = _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
-    job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype])
+    reader = LayerReader(Checkpoint(original.folder, where), config, DTYPES[dtype])
+    drawn = _chosen(drawn, settings, reader)
+    job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype], where)
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return {
@@ -288,7 +301,7 @@ def quantize(
                 "mix": [part.to_json() for part in drawn.drawn],
                 "coverage": coverage(chosen, config, outcome.layers),
             },
-            "kernel": description(chosen.solver.beams),
+            "kernel": description(chosen.solver.beams, where),
             "dtype": dtype,
             "units": UNITS,
             "layers": outcome.layers,
@@ -301,18 +314,25 @@ def quantize(
         }
 
     with Bar(plan.expected()) as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions), bar, report, room)
+        finished = run(job, Evaluation(config, questions), bar, report, room.host, room.device or 0)
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
 
 
-def _budget(memory: str | None) -> Budget:
+def _budget(memory: str | None, device: torch.device) -> Budget:
     """What a run may use: as named, else nine tenths of what is free."""
-    from llama4q.machine import Budget, free_memory, parse_memory
+    from llama4q.machine import Budget, device_memory, free_memory, parse_memory
 
-    return parse_memory(memory) if memory else Budget(free_memory() * 9 // 10)
+    named = parse_memory(memory) if memory else Budget(free_memory() * 9 // 10)
+    if device.type == "cpu":
+        if named.device is not None:
+            raise UserError(
+                f"memory {memory!r}: gives some of a GPU to a run on the CPU; name the host's alone"
+            )
+        return named
+    return Budget(named.host, named.device or device_memory(device) * 9 // 10)
 
 
 def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
@@ -330,7 +350,9 @@ def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
     )
 
 
-def _pace(source: Path, destination: Path, recipe: Recipe, dtype: str) -> Pace:
+def _pace(
+    source: Path, destination: Path, recipe: Recipe, dtype: str, device: torch.device
+) -> Pace:
     """How fast this machine is, measured in a few seconds."""
     from calibrate.plan import measure_searches, pace
     from calibrate.run import DTYPES
@@ -341,8 +363,8 @@ def _pace(source: Path, destination: Path, recipe: Recipe, dtype: str) -> Pace:
     existing = next(path for path in destination.absolute().parents if path.exists())
     shard = next(iter(sorted(source.glob("*.safetensors"))))
     searched = next((one for one in recipe.schemes.values() if one.calibrates), SCHEMES["int4"])
-    rates, searches = measure_rates(shard, existing), measure_searches(searched, recipe.solver)
-    return pace(rates, searches, DTYPES[dtype])
+    rates = measure_rates(shard, existing, device)
+    return pace(rates, measure_searches(searched, recipe.solver, device), DTYPES[dtype])
 
 
 @contextlib.contextmanager
@@ -367,30 +389,22 @@ def _told_what_stands(folder: Path, layers: int) -> Iterator[None]:
         raise
 
 
-def _chosen(
-    drawn: CalibrationSet,
-    settings: Calibration,
-    source: Path,
-    config: ModelConfig,
-    dtype: torch.dtype,
-) -> CalibrationSet:
+def _chosen(drawn: CalibrationSet, settings: Calibration, reader: LayerReader) -> CalibrationSet:
     """The sequences that cover the experts best, where more were drawn than are wanted."""
-    if settings.candidates == 1 or not config.moe_layers:
+    if settings.candidates == 1 or not reader.config.moe_layers:
         return drawn
     from tqdm import tqdm
 
     from calibrate.choose import best_covering, expert_counts
     from calibrate.data import kept
-    from llama4q.checkpoint import Checkpoint
-    from llama4q.weights import LayerReader
 
     if len(drawn.drawn) > 1:
         raise UserError(
             f"--candidates {settings.candidates} with a mix of {len(drawn.drawn)} texts would "
             f"change their shares; name one text, or leave out --candidates"
         )
-    reader = LayerReader(Checkpoint(source), config, dtype)
-    with tqdm(total=config.num_layers, desc="choosing calibration text", unit="layer") as bar:
+    layers = reader.config.num_layers
+    with tqdm(total=layers, desc="choosing calibration text", unit="layer") as bar:
 
         def layer_done() -> None:
             bar.update()
@@ -407,7 +421,13 @@ def _chosen(
 )
 @evaluation_options
 def evaluate(
-    quantized: str, against: str, out: Path | None, dtype: str, as_json: bool, **measured_on: Any
+    quantized: str,
+    against: str,
+    out: Path | None,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+    **measured_on: Any,
 ) -> None:
     """Compare the checkpoint QUANTIZED with the original, layer by layer in one pass.
 
@@ -421,15 +441,17 @@ def evaluate(
     from evals.report import render
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
+    from llama4q.device import use_device
     from llama4q.hub import resolve
     from llama4q.text import load_tokenizer
     from llama4q.weights import LayerReader
     from llama4q.writer import to_json, write_atomically, writing
 
+    where = use_device(device)
     original, other = resolve(against), resolve(quantized)
     configs = [read_config(side.folder) for side in (original, other)]  # refuses early
     readers = [
-        LayerReader(Checkpoint(side.folder), config, DTYPES[dtype])
+        LayerReader(Checkpoint(side.folder, where), config, DTYPES[dtype])
         for side, config in zip((original, other), configs, strict=True)
     ]
     questions = _questions(load_tokenizer(original.folder), **measured_on)

@@ -41,7 +41,8 @@ def divide(unit: torch.Tensor, squares: torch.Tensor, right: torch.Tensor) -> to
     where a quadratic is least, no more than 0.07 % of what it gains is lost.
     """
     solved = right.clone()
-    rounded = torch.empty_like(right, dtype=factor_dtype())  # as products of later blocks take it
+    # as products of later blocks take it
+    rounded = torch.empty_like(right, dtype=factor_dtype(right.device))
     blocks = _blocks(len(right))
     for block in blocks:
         _substitute(unit.T, block, slice(0, block.start), solved, rounded, upper=False)

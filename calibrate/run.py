@@ -22,6 +22,7 @@ import torch
 from llama4q import __version__
 from llama4q.checkpoint import Checkpoint, fingerprint
 from llama4q.config import ModelConfig, read_config
+from llama4q.device import HOST
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
 from llama4q.hidden import Spool, Store
@@ -53,6 +54,7 @@ class Job:
     tokens: tuple[torch.Tensor, ...]  # calibration tokens [S, T], one for each length
     digest: str  # of the tokens
     dtype: torch.dtype  # of activations and products
+    device: torch.device = HOST  # where they are; bytes depend on it as on any processor
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,16 @@ def quantize(
     progress: Progress,
     make_report: Callable[[Outcome], Mapping[str, Any]],
     room: float = float("inf"),
+    device_room: float = 0,
 ) -> Mapping[str, Any]:
     """Quantize `job.source` into `job.destination`; returns the report written beside it.
 
-    Hidden states stay in memory while there is `room` for them, in bytes, else go to files in the
-    destination; the result is the same.
+    Hidden states stay on the device while there is `device_room` for them, in bytes, then in memory
+    while there is `room`, else go to files in the destination; the result is the same.
 
     Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
     """
-    run = Run(job, observer, progress, room)
+    run = Run(job, observer, progress, room, device_room)
     with run.writer:  # nobody else writes there
         return run.execute(make_report)
 
@@ -90,7 +93,14 @@ def quantize(
 class Run:
     """One run over the layers of a checkpoint."""
 
-    def __init__(self, job: Job, observer: LayerObserver, progress: Progress, room: float) -> None:
+    def __init__(
+        self,
+        job: Job,
+        observer: LayerObserver,
+        progress: Progress,
+        room: float,
+        device_room: float,
+    ) -> None:
         self.job = job
         self.config = read_config(job.source)
         lengths = [tokens.shape[1] for tokens in job.tokens]
@@ -102,7 +112,7 @@ class Run:
         self._check_disk()
         self.observer = observer
         self.writer = CheckpointWriter(job.destination, self._run_key())
-        self.spool = Spool(room, self.writer.work)
+        self.spool = Spool(room, self.writer.work, job.device, device_room)
         self.progress = progress
         self.units = [
             *(unit for index in range(self.config.num_layers) for unit in self.layer_units(index)),
@@ -152,10 +162,11 @@ class Run:
 
     def _stream(self) -> None:
         """Write every unit; layers in order, both streams beside each other."""
-        original = LayerReader(Checkpoint(self.job.source), self.config, self.job.dtype)
+        device, solver = self.job.device, self.job.recipe.solver
+        original = LayerReader(Checkpoint(self.job.source, device), self.config, self.job.dtype)
         self.progress.start(groups_in(self.config, self.job.recipe))
-        if self.job.recipe.solver.method is Method.GPTQ:
-            self.progress.phase(f"inner loops: {description(self.job.recipe.solver.beams)}")
+        if solver.method is Method.GPTQ:
+            self.progress.phase(f"inner loops: {description(solver.beams, device)}")
         self.router_views = views(original)
         embedding = original.embedding()
         plain = embed(embedding, self.job.tokens, self.spool)
@@ -221,7 +232,8 @@ class Run:
 
     def reader_of(self, files: Iterable[str]) -> LayerReader:
         """Reads what this run has written under these names."""
-        return LayerReader(self.writer.read_back(files), self.config, self.job.dtype)
+        written = self.writer.read_back(files, self.job.device)
+        return LayerReader(written, self.config, self.job.dtype)
 
     def _layer_record(self, index: int) -> dict[str, Any]:
         """What the report says of a layer: its record, and those of its parts joined."""

@@ -58,7 +58,8 @@ class Both:
         A token that the original sent to another expert has no original input to this one.
         """
         served = self.served.scaled(where)
-        plain = torch.where(self.same(where)[:, None], self.plain.scaled(where), served)
+        same = self.same(where)[:, None].to(served.device)
+        plain = torch.where(same, self.plain.scaled(where), served)
         return Pair(served, plain, None, self.parts[where])
 
     def seen(self) -> Iterator[torch.Tensor]:
@@ -110,7 +111,7 @@ class Tokens:
         lacking = plain.hidden.rows(where).float() - served.hidden.rows(where).float()
         if self.expert is not None:  # what all tokens take has been added already
             lacking += plain.added.rows(where).float() - served.added.rows(where).float()
-            lacking *= self.both.same(where)[:, None]
+            lacking *= self.both.same(where)[:, None].to(lacking.device)
         return lacking
 
     def add(self, piece: int, served: torch.Tensor, plain: torch.Tensor) -> None:

@@ -77,7 +77,9 @@ class Moments:
     def __init__(self, weight: torch.Tensor, lacking: bool, crossed: bool = True) -> None:
         """`lacking`: tokens tell what the output should make up for. `crossed`: B is wanted."""
         inputs, outputs = weight.shape
-        self.weight = weight.to(factor_dtype())  # which a weight of the source is exact in
+        self.weight = weight.to(
+            factor_dtype(weight.device)
+        )  # which a weight of the source is exact in
         self.lacking = lacking
         self.crossed = crossed
         self.square = weight.new_zeros(inputs, inputs)
@@ -148,7 +150,7 @@ def _share(
     None when a half has no rows or its Hessian does not factor: it can judge nothing then.
     """
     outputs = halves[0].weight.shape[1]
-    columns = torch.arange(0, outputs, max(1, outputs // COLUMNS))
+    columns = torch.arange(0, outputs, max(1, outputs // COLUMNS), device=halves[0].weight.device)
     crosses = [half.wanted(columns) for half in halves]
     steps = []
     for half, cross in zip(halves, crosses, strict=True):

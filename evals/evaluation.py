@@ -65,10 +65,11 @@ class Evaluation:
         self, original: Head, quantized: Head, plain: _Rows, served: _Rows
     ) -> dict[str, Any]:
         collected = Likelihood()
+        device = original.norm.device
         for window in self.questions.windows:
             parts = [
                 part.split(POSITIONS_AT_ONCE)
-                for part in (next(plain)[:-1], next(served)[:-1], window[1:])
+                for part in (next(plain)[:-1], next(served)[:-1], window[1:].to(device))
             ]
             collected.add(
                 (_scores(self.config, original, x), _scores(self.config, quantized, y), targets)
@@ -148,7 +149,9 @@ def compare(
             f"different sizes; compare a checkpoint with the one that it was made from"
         )
     evaluation = Evaluation(config, questions)
-    evaluation.start(original.embedding(), Spool())
+    embedding = original.embedding()
+    evaluation.start(embedding, Spool(device=embedding.device))
+    del embedding
 
     def both(index: int) -> tuple[DecoderLayer, DecoderLayer]:
         return original.layer(index), quantized.layer(index)

@@ -36,7 +36,7 @@ class Likelihood:
             zip(*compared, strict=True),
             strict=True,
         ):
-            all_windows.append(torch.cat(parts))
+            all_windows.append(torch.cat(parts).cpu())
 
     def summary(self, digest: str) -> dict[str, Any]:
         """JSON for the report; `digest` names the tokens."""

@@ -19,8 +19,10 @@ ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # as CBLAS calls them
 
 
 @cache
-def factor_dtype() -> torch.dtype:
-    """Of the factors of products: BF16 where the processor has it, else F32."""
+def factor_dtype(device: torch.device) -> torch.dtype:
+    """Of the factors of products: BF16 where the processor has it, as every GPU, else F32."""
+    if device.type == "cuda":
+        return torch.bfloat16
     has_it = torch.backends.mkldnn.is_available() and (
         torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch itself asks; it has no other name
     )
@@ -30,13 +32,13 @@ def factor_dtype() -> torch.dtype:
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`[N, I] @ [I, O]` in F32."""
     total = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
-    _add(total, left.to(factor_dtype()), right.to(factor_dtype()), PLAIN, 0.0)
+    _add(total, _factor(left), _factor(right), PLAIN, 0.0)
     return total
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add the sum over rows of `[N, I]` and `[N, O]` to an F32 `[I, O]`."""
-    _add(total, left.to(factor_dtype()), right.to(factor_dtype()), TRANSPOSED, 1.0)
+    _add(total, _factor(left), _factor(right), TRANSPOSED, 1.0)
 
 
 def add_square(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -44,7 +46,7 @@ def add_square(total: torch.Tensor, rows: torch.Tensor) -> None:
 
     `mirror` fills in the rest when all have been added: half of the work is saved.
     """
-    factor = rows.to(factor_dtype()).contiguous()
+    factor = _factor(rows).contiguous()
     for block in _blocks(len(total)):
         here = slice(block.start, None)
         _add(total[block, here], factor[:, block], factor[:, here], TRANSPOSED, 1.0)
@@ -58,6 +60,10 @@ def mirror(total: torch.Tensor) -> None:
         total[block, block] = corner + corner.triu(1).T
 
 
+def _factor(rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(factor_dtype(rows.device))
+
+
 def _blocks(size: int) -> list[slice]:
     return [slice(start, min(start + SQUARE_BLOCK, size)) for start in range(0, size, SQUARE_BLOCK)]
 
@@ -66,9 +72,12 @@ def _add(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, form: int, keep: float
 ) -> None:
     """`keep` times the F32 `total`, and the product; `form` is how `left` is taken."""
-    compiled = _bf16_product() if total.device.type == "cpu" else None
+    taken = left if form == PLAIN else left.T
+    if total.device.type == "cuda":
+        torch.addmm(total, taken, right, out_dtype=torch.float32, beta=keep, out=total)
+        return
+    compiled = _bf16_product()
     if compiled is None or left.dtype is not torch.bfloat16 or not left.numel():
-        taken = left if form == PLAIN else left.T
         torch.addmm(total, taken.float(), right.float(), beta=keep, out=total)
         return
     left, right = _by_rows(left), _by_rows(right)
