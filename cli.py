@@ -249,6 +249,7 @@ def quantize(
     from llama4q.config import read_config
     from llama4q.device import use_device
     from llama4q.hub import POCKET, resolve
+    from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
     from llama4q.weights import LayerReader
@@ -280,7 +281,8 @@ def quantize(
         measured = _pace(original.folder, folder, chosen, dtype, where)
         click.echo("\n".join(plan.lines(budget, measured)))
         return
-    room = check_memory(plan, budget, memory is not None)
+    held = check_memory(plan, budget, memory is not None)
+    keep_freed_memory()
     reader = LayerReader(Checkpoint(original.folder, where), config, DTYPES[dtype])
     drawn = _chosen(drawn, settings, reader)
     job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype], where)
@@ -314,7 +316,7 @@ def quantize(
         }
 
     with Bar(plan.expected()) as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions), bar, report, room.host, room.device or 0)
+        finished = run(job, Evaluation(config, questions), bar, report, held)
     click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from llama4q import bnb
-from llama4q.machine import give_back_memory
 from llama4q.packing import StoredWeight
 from llama4q.recipe import Method, Solver
 from llama4q.schemes import QuantizedWeight, Scheme, round_to_nearest
@@ -126,7 +125,6 @@ class Coder:
                 wrong = rounding
             else:
                 solved = candidate
-        give_back_memory()
         self.report(
             GroupReport(
                 name=task.name,

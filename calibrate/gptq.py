@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama4q.products import factor_dtype
+from llama4q.products import add_product, factor_dtype
 from llama4q.schemes import Kind, QuantizedWeight, Scheme, absmax_scales, storable
 
 from .cholesky import divide, factor_upper
@@ -35,6 +35,7 @@ class Factor:
 
     order: torch.Tensor  # [I]; position -> row of the weight, the last position is rounded first
     correction: torch.Tensor  # [I, I]; unit upper triangular, L^T with its diagonal divided out
+    rounded: torch.Tensor  # the same in factor_dtype(), for large products
     importance: torch.Tensor  # [I]; D, in the weight's own order
     damping: float  # of the mean diagonal, after retries
     attempts: int
@@ -43,7 +44,7 @@ class Factor:
         """The damped Hessian's inverse times `right [I, O]`."""
         found = torch.empty_like(right)
         squares = self.importance[self.order]
-        found[self.order] = divide(self.correction, squares, right[self.order])
+        found[self.order] = divide(self.correction, self.rounded, squares, right[self.order])
         return found
 
 
@@ -59,10 +60,12 @@ def factorize(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor 
     if not mean > 0:
         return None
     order = torch.argsort(diagonal, stable=True) if act_order else _back_to_front(diagonal)
-    permuted = hessian.index_select(0, order).index_select(1, order)
     for attempt in range(DAMPING_RETRIES + 1):
         tried = damping * 10**attempt
-        damped = permuted.clone()
+        if act_order:
+            damped = hessian.index_select(0, order).index_select(1, order)
+        else:
+            damped = hessian.flip((0, 1))
         damped.diagonal().add_(tried * mean)
         if factor_upper(damped):
             return _factor(order, damped, tried, attempt + 1)
@@ -78,7 +81,8 @@ def _factor(order: torch.Tensor, upper: torch.Tensor, damping: float, attempts: 
     diagonal = upper.diagonal().clone()
     importance = torch.empty_like(diagonal)
     importance[order] = diagonal.square()
-    return Factor(order, upper.div_(diagonal[:, None]), importance, damping, attempts)
+    unit = upper.div_(diagonal[:, None])
+    return Factor(order, unit, unit.to(factor_dtype(unit.device)), importance, damping, attempts)
 
 
 def choose_scales(
@@ -148,8 +152,9 @@ def solve(
         correction = factor.correction[block]
         target = weight[taken]
         rows = Rows(target, steps[taken // group], factor.importance[taken], correction[:, block])
-        asked = correction[:, stop:].to(residual.dtype) @ residual[stop:]
-        found = solve_block(target + asked, rows, scheme, beams)
+        wanted = target.clone()
+        add_product(wanted, factor.rounded[block, stop:], residual[stop:])
+        found = solve_block(wanted, rows, scheme, beams)
         residual[block] = torch.addcmul(target, found, rows.steps, value=-1)
         codes[taken] = scheme.stored_codes(found)
     return QuantizedWeight(scheme, codes, scales)

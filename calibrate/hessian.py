@@ -77,9 +77,7 @@ def shrink(own: Hessian, target: Hessian, batches: Iterable[torch.Tensor]) -> He
         return Hessian(target.matrix, 0, 1.0)
     spread = target.matrix.diagonal().sqrt()
     scale = torch.where(spread > 0, 1 / spread, torch.ones_like(spread))
-    estimate = own.matrix * scale[:, None] * scale
-    aim = target.matrix * scale[:, None] * scale
-    distance = (estimate - aim).square().sum()
+    distance = _energy(own.matrix - target.matrix, scale)
     if distance == 0:
         return own
     fourth = torch.cat(
@@ -89,6 +87,12 @@ def shrink(own: Hessian, target: Hessian, batches: Iterable[torch.Tensor]) -> He
             for part in rows.split(ROWS_AT_ONCE)
         ]
     )
-    noise = (fourth.mean() - estimate.square().sum()) / own.tokens
+    noise = (fourth.mean() - _energy(own.matrix.clone(), scale)) / own.tokens
     share = float((noise / distance).clamp(0, 1))
     return own.blended(target, share)
+
+
+def _energy(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """|diag(scale) M diag(scale)|^2; the matrix is used up, as memory is what takes time here."""
+    weight = scale.square()
+    return weight @ (matrix.square_() @ weight)

@@ -15,7 +15,7 @@ from llama4q.checkpoint import Checkpoint
 from llama4q.config import ModelConfig
 from llama4q.device import HOST
 from llama4q.errors import UserError
-from llama4q.machine import Budget, Rates, best_rate
+from llama4q.machine import Budget, Memory, Rates, best_rate
 from llama4q.recipe import Recipe, Solver
 from llama4q.schemes import Scheme
 
@@ -36,6 +36,8 @@ from .work import (
     outside_bytes,
 )
 
+FULL = 0.95  # of a budget: freed memory goes back to the system
+KEPT = 0.5  # of what is held: 8.4 GB grew to 11.7 when nothing went back (Scout's shapes)
 NOMINAL = 1e12  # amounts a second: cancels out between units that are alike
 # Times the floor that runs take, for elementwise work and products that are small: a layer of
 # Scout's shapes on 16 x 2,048 tokens took 1.2 times its floor on two idle cores, 2.1 on busy ones.
@@ -172,11 +174,20 @@ class Plan:
 
     def room(self, budget: Budget) -> Budget:
         """What a budget leaves for rows of tokens; below 0 where nothing else fits."""
-        places = _on_host(budget)
-        host = budget.host - self.largest(*places).nbytes(*places)
+        left = budget.host - self.held(budget)
+        host = left - min(self.kept(budget), max(0, left))
         if budget.device is None:
             return Budget(host)
         return Budget(host, budget.device - self.largest(Place.COMPUTE).nbytes(Place.COMPUTE))
+
+    def held(self, budget: Budget) -> int:
+        """Bytes of the host at the peak, but for rows of tokens."""
+        places = _on_host(budget)
+        return self.largest(*places).nbytes(*places)
+
+    def kept(self, budget: Budget) -> int:
+        """What the host should keep of freed memory, for speed (machine.keep_freed_memory)."""
+        return 0 if budget.device is not None else int(KEPT * self.held(budget))
 
     def fits(self, budget: Budget) -> Placement:
         """Rows of tokens stay on the GPU, then in memory, in the order in which they are made,
@@ -212,6 +223,9 @@ class Plan:
             yield f"       {_gb(spilled)}  for a while, for rows of tokens beyond memory"
         yield f"host   {_gb(placement.host)}  {_peak_note(budget.host, placement.short)}"
         yield from self._pieces(*_on_host(budget))
+        kept = min(self.kept(budget), max(0, budget.host - self.held(budget)))
+        if kept:
+            yield f"         {_gb(kept)}  freed, and kept for what follows"
         for store in self.stores:
             where = "in a file" if store in placement.spilled else "in memory"
             where = "on the GPU" if store in placement.on_device else where
@@ -270,8 +284,8 @@ def plan_for(source: Checkpoint, config: ModelConfig, recipe: Recipe, texts: Tex
     return make_plan(config, recipe, texts, max(0, source.nbytes - text))
 
 
-def check_memory(plan: Plan, budget: Budget, named: bool) -> Budget:
-    """What the budget leaves for rows of tokens; `named` says that a person chose it.
+def check_memory(plan: Plan, budget: Budget, named: bool) -> Memory:
+    """What the run may hold under a budget; `named` says that a person chose it.
 
     Raises UserError when a run needs more, whatever goes to files.
     """
@@ -287,7 +301,8 @@ def check_memory(plan: Plan, budget: Budget, named: bool) -> Budget:
                 f"({plan.largest(*places).name}), and {limit} {given / 1e9:.1f} GB; free some, or "
                 f"take a machine that has more"
             )
-    return plan.room(budget)
+    room = plan.room(budget)
+    return Memory(room.host, room.device or 0, FULL * budget.host)
 
 
 def _on_host(budget: Budget) -> tuple[Place, ...]:

@@ -26,6 +26,7 @@ from llama4q.device import HOST
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
 from llama4q.hidden import Spool, Store
+from llama4q.machine import UNBOUNDED, Memory, give_back_memory
 from llama4q.model import DecoderLayer
 from llama4q.prefetch import prefetched
 from llama4q.recipe import Method, Recipe, check_recipe, planned
@@ -34,6 +35,7 @@ from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
 from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
 from llama4q.writer import WORK, CheckpointWriter, refuse_foreign_files, to_json
 
+from .codes import GroupReport
 from .kernel import description
 from .layer import LayerQuantizer, Part, part_count
 from .progress import Progress
@@ -75,17 +77,15 @@ def quantize(
     observer: LayerObserver,
     progress: Progress,
     make_report: Callable[[Outcome], Mapping[str, Any]],
-    room: float = float("inf"),
-    device_room: float = 0,
+    memory: Memory = UNBOUNDED,
 ) -> Mapping[str, Any]:
     """Quantize `job.source` into `job.destination`; returns the report written beside it.
 
-    Hidden states stay on the device while there is `device_room` for them, in bytes, then in memory
-    while there is `room`, else go to files in the destination; the result is the same.
+    What does not go into `memory` goes to files in the destination; the result is the same.
 
     Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
     """
-    run = Run(job, observer, progress, room, device_room)
+    run = Run(job, observer, progress, memory)
     with run.writer:  # nobody else writes there
         return run.execute(make_report)
 
@@ -94,12 +94,7 @@ class Run:
     """One run over the layers of a checkpoint."""
 
     def __init__(
-        self,
-        job: Job,
-        observer: LayerObserver,
-        progress: Progress,
-        room: float,
-        device_room: float,
+        self, job: Job, observer: LayerObserver, progress: Progress, memory: Memory
     ) -> None:
         self.job = job
         self.config = read_config(job.source)
@@ -112,7 +107,8 @@ class Run:
         self._check_disk()
         self.observer = observer
         self.writer = CheckpointWriter(job.destination, self._run_key())
-        self.spool = Spool(room, self.writer.work, job.device, device_room)
+        self.spool = Spool(memory.rows, self.writer.work, job.device, memory.on_device)
+        self.most = memory.most
         self.progress = progress
         self.units = [
             *(unit for index in range(self.config.num_layers) for unit in self.layer_units(index)),
@@ -196,7 +192,7 @@ class Run:
             self.job.recipe,
             layer,
             self.router_views,
-            self.progress.group,
+            self._group,
             self.progress.rescue,
         )
         parts = LayerParts(self, index)
@@ -210,6 +206,10 @@ class Run:
             }
             self.writer.record(whole, {}, memory)
         return not parts.replayed
+
+    def _group(self, report: GroupReport) -> None:
+        give_back_memory(self.most)
+        self.progress.group(report)
 
     def kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a layer (None: of no layer) that are copied bit for bit."""

@@ -95,7 +95,7 @@ class Moments:
             moved = batch.original - batch.served
             if batch.lacking is not None:
                 moved = product(moved, self.weight).add_(batch.lacking)
-            add_product(self.cross, batch.served, moved)
+            add_product(self.cross, batch.served.T, moved)
         self.tokens += len(pair.part)
         self.total += len(pair.part) if pair.weights is None else float(pair.weights.sum())
 
@@ -131,7 +131,7 @@ def corrected(
     alpha = _share(halves, factor.damping, blend)
     if not alpha:
         return weight, alpha
-    return weight + alpha * factor.divide(both(halves).wanted()), alpha
+    return factor.divide(both(halves).wanted()).mul_(alpha).add_(weight), alpha
 
 
 def both(halves: tuple[Moments, Moments]) -> Moments:

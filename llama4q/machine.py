@@ -28,6 +28,7 @@ HOST_SIZE, DEVICE_SIZE = 2048, 8192  # of square matrices: a GPU is not filled b
 COPIED_BYTES = 2**27  # more than caches hold
 PIECE_BYTES = 2**26  # read and written to measure a disk
 CHUNK_BYTES = 2**23  # of one read or write
+MMAP_THRESHOLD, TRIM_THRESHOLD, LARGEST_INT = -3, -1, 2**31 - 1  # of mallopt
 LEAST_BUDGET = 2**20  # a smaller plain number has lost its unit
 
 
@@ -37,6 +38,18 @@ class Budget:
 
     host: int
     device: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run may hold, in bytes."""
+
+    rows: float = float("inf")  # of tokens: hidden states, and what lies between two passes
+    on_device: float = 0  # the same, on the GPU
+    most: float = float("inf")  # resident, before freed memory goes back to the system
+
+
+UNBOUNDED = Memory()
 
 
 def parse_memory(text: str) -> Budget:
@@ -129,15 +142,33 @@ def _reclaimable(group: Path, prefix: str) -> int:
     return sum(int(line.split()[1]) for line in lines if line.split()[0] in names)
 
 
-def give_back_memory() -> None:
-    """Let the C library return what has been freed to the system.
+def keep_freed_memory() -> None:
+    """Let the C library keep large blocks that are freed for those that follow.
 
-    glibc keeps matrices that others may follow: over the experts of a Scout layer 7 GB in use grew
-    to 9 resident. Other C libraries have no such call, and mostly no such habit.
+    glibc takes each one from the system and returns it, and to touch fresh pages for the first time
+    takes as long as to compute what they hold: the solver took 1.7 times as long, in a virtual
+    machine. Other C libraries have no such option.
     """
+    option = getattr(_c_library(), "mallopt", None)
+    if option is not None:
+        option(MMAP_THRESHOLD, LARGEST_INT)
+        option(TRIM_THRESHOLD, LARGEST_INT)
+
+
+def give_back_memory(beyond: float) -> None:
+    """Return what has been freed to the system, when more than `beyond` bytes are resident."""
     trim = getattr(_c_library(), "malloc_trim", None)
-    if trim is not None:
+    if trim is not None and resident_memory() > beyond:
         trim(0)
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory; 0 where there is no /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @cache
@@ -177,7 +208,7 @@ def measure_rates(shard: Path, folder: Path, device: torch.device = HOST) -> Rat
     flops, total = 2 * size**3, torch.zeros_like(f32)
     return Rates(
         f32=best_rate(lambda: f32 @ f32, flops, device),
-        bf16_factors=best_rate(lambda: add_product(total, bf16, bf16), flops, device),
+        bf16_factors=best_rate(lambda: add_product(total, bf16.T, bf16), flops, device),
         bf16=best_rate(lambda: bf16 @ bf16, flops, device),
         copy=_copy_rate(device),
         read=_read_rate(shard),

@@ -32,13 +32,15 @@ def factor_dtype(device: torch.device) -> torch.dtype:
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`[N, I] @ [I, O]` in F32."""
     total = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
-    _add(total, _factor(left), _factor(right), PLAIN, 0.0)
+    _add(total, left, right, keep=0.0)
     return total
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add the sum over rows of `[N, I]` and `[N, O]` to an F32 `[I, O]`."""
-    _add(total, _factor(left), _factor(right), TRANSPOSED, 1.0)
+def add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, times: float = 1.0
+) -> None:
+    """Add `times` the product of `[N, I]` and `[I, O]` to an F32 `[N, O]`."""
+    _add(total, left, right, times=times)
 
 
 def add_square(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -49,7 +51,7 @@ def add_square(total: torch.Tensor, rows: torch.Tensor) -> None:
     factor = _factor(rows).contiguous()
     for block in _blocks(len(total)):
         here = slice(block.start, None)
-        _add(total[block, here], factor[:, block], factor[:, here], TRANSPOSED, 1.0)
+        _add(total[block, here], factor[:, block].T, factor[:, here])
 
 
 def mirror(total: torch.Tensor) -> None:
@@ -69,22 +71,27 @@ def _blocks(size: int) -> list[slice]:
 
 
 def _add(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, form: int, keep: float
+    total: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    keep: float = 1.0,
+    times: float = 1.0,
 ) -> None:
-    """`keep` times the F32 `total`, and the product; `form` is how `left` is taken."""
-    taken = left if form == PLAIN else left.T
+    """`keep` times the F32 `total`, and `times` the product."""
+    left, right = _factor(left), _factor(right)
     if total.device.type == "cuda":
-        torch.addmm(total, taken, right, out_dtype=torch.float32, beta=keep, out=total)
+        torch.addmm(total, left, right, out_dtype=torch.float32, beta=keep, alpha=times, out=total)
         return
     compiled = _bf16_product()
     if compiled is None or left.dtype is not torch.bfloat16 or not left.numel():
-        torch.addmm(total, taken.float(), right.float(), beta=keep, out=total)
+        torch.addmm(total, left.float(), right.float(), beta=keep, alpha=times, out=total)
         return
-    left, right = _by_rows(left), _by_rows(right)
+    (left, left_form), (right, right_form) = _form(left), _form(right)
     rows, columns = total.shape
+    inputs = left.shape[0 if left_form == TRANSPOSED else 1]
     compiled(
-        *map(ctypes.c_int, (ROW_MAJOR, form, PLAIN, rows, columns, len(right))),
-        ctypes.c_float(1.0),
+        *map(ctypes.c_int, (ROW_MAJOR, left_form, right_form, rows, columns, inputs)),
+        ctypes.c_float(times),
         *_matrix(left),
         *_matrix(right),
         ctypes.c_float(keep),
@@ -92,13 +99,17 @@ def _add(
     )
 
 
-def _by_rows(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+def _form(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The matrix by rows, and whether that is its transpose."""
+    if matrix.stride(1) != 1 and matrix.stride(0) == 1:
+        return matrix.T, TRANSPOSED
+    return (matrix if matrix.stride(1) == 1 else matrix.contiguous()), PLAIN
 
 
 def _matrix(matrix: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int]:
     """As CBLAS takes one: where it is, and how far its rows are apart."""
-    return ctypes.c_void_p(matrix.data_ptr()), ctypes.c_int(max(matrix.stride(0), 1))
+    apart = max(matrix.stride(0), matrix.shape[1], 1)
+    return ctypes.c_void_p(matrix.data_ptr()), ctypes.c_int(apart)
 
 
 @cache

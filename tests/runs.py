@@ -17,6 +17,7 @@ from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.device import HOST
+from llama4q.machine import Memory
 from llama4q.model import logits
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.stream import advance, embed
@@ -95,7 +96,8 @@ def run(
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return dataclasses.asdict(outcome)
 
-    return quantize(job, evaluation, progress or Quiet(), report, room, device_room)
+    memory = Memory(room, device_room)
+    return quantize(job, evaluation, progress or Quiet(), report, memory)
 
 
 @torch.inference_mode()

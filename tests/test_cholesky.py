@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calibrate.cholesky import BLOCK, divide, factor_upper
+from llama4q.products import factor_dtype
 
 from .test_gptq import correlated_rows
 
@@ -47,7 +48,8 @@ def test_division_against_lapack() -> None:
     assert factor_upper(upper)
     diagonal = upper.diagonal()
     right = torch.randn(size, 24, generator=torch.Generator().manual_seed(1))
-    found = divide(upper / diagonal[:, None], diagonal.square(), right).double()
+    unit = upper / diagonal[:, None]
+    found = divide(unit, unit.to(factor_dtype(unit.device)), diagonal.square(), right).double()
     expected = torch.linalg.solve(matrix.double(), right.double())
     error = found - expected
     share = (error * (matrix.double() @ error)).sum() / (

@@ -64,7 +64,10 @@ def test_codes_against_textbook_gptq(
     assert factor is not None
     steps = scales.double().repeat_interleave(384 // scales.shape[0], dim=0)
     rounded = solve(weight, factor, scales, scheme).codes.double() * steps
-    monkeypatch.setattr("calibrate.gptq.factor_dtype", lambda device: torch.float32)
+    for module in ("calibrate.gptq", "llama4q.products"):
+        monkeypatch.setattr(f"{module}.factor_dtype", lambda device: torch.float32)
+    factor = factorize(hessian, 0.01, act_order)
+    assert factor is not None
     ours = solve(weight, factor, scales, scheme).codes.double() * steps
     theirs = textbook_gptq(weight, hessian, scales, scheme, 0.01, act_order)
     assert ((ours - theirs).abs() < 0.01 * steps).double().mean() > 0.98

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import astuple
 from pathlib import Path
@@ -19,6 +21,7 @@ from llama4q.machine import (
     free_memory,
     measure_rates,
     parse_memory,
+    resident_memory,
 )
 
 from .fake_gpu import FREE, fake_gpu
@@ -176,3 +179,26 @@ def test_a_disk_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monk
         measure_rates(tmp_path / "no shard", tmp_path)
     with pytest.raises(UserError, match=r"no folder: cannot be written \(No such file"):
         measure_rates(tmp_path / "shard", tmp_path / "no folder")
+
+
+def test_freed_memory_is_kept_until_it_is_too_much() -> None:
+    """In a process of its own, as allocator options hold for all of it."""
+    script = """
+import torch
+from llama4q.machine import give_back_memory, keep_freed_memory, resident_memory
+keep_freed_memory()
+before, size = resident_memory(), 2**28
+torch.ones(size, dtype=torch.uint8)
+assert resident_memory() - before > 0.9 * size
+give_back_memory(beyond=float("inf"))
+assert resident_memory() - before > 0.9 * size
+give_back_memory(beyond=before)
+assert resident_memory() - before < 0.1 * size
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_resident_memory_against_the_kernels_table() -> None:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    told = int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
+    assert resident_memory() == pytest.approx(told, rel=0.02)

@@ -33,9 +33,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_products_against_double_precision(dtype: torch.dtype) -> None:
     left, right = factor(ROWS, INPUTS, 0), factor(ROWS, OUTPUTS, 1)
     total = torch.ones(INPUTS, OUTPUTS)
-    add_product(total, left.to(dtype), right.to(dtype))
-    assert close(total, 1 + left.double().T @ right.double())
-    found = product(right.T.to(dtype), left.to(dtype))  # rows that do not lie beside each other
+    add_product(total, left.to(dtype).T, right.to(dtype), times=-2.0)
+    assert close(total, 1 - 2 * left.double().T @ right.double())
+    found = product(right.T.to(dtype), left.to(dtype))
     assert found.dtype is torch.float32
     assert close(found, right.double().T @ left.double())
 
@@ -57,7 +57,7 @@ def test_few_rows(rows: int) -> None:
     left, right = factor(rows, 8, 3), factor(8, 5, 4)
     assert close(product(left, right), left.double() @ right.double())
     total = torch.zeros(8, 5)
-    add_product(total, left, factor(rows, 5, 5))
+    add_product(total, left.T, factor(rows, 5, 5))
     assert close(total, left.double().T @ factor(rows, 5, 5).double())
 
 
