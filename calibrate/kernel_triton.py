@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-STRIP = 16  # rows between two products: the smallest that tensor cores take
+STRIP = 16  # rows between two products, as few as tensor cores take
 VALUES = 256  # beams times outputs of one program: with STRIP rows 32 registers a thread
 MOST_OUTPUTS = 128  # of one program
+OPTIONS = {"enable_fp_fusion": False}  # each operation rounds, as PyTorch's do
 ROUND = tl.constexpr(1.5 * 2**23)  # added and taken away, leaves integers: ties to even
 INFINITE = tl.constexpr(0x7F800000)  # the bits of infinity
 
@@ -52,7 +53,7 @@ class TritonKernel:
         _solve_block[(triton.cdiv(outputs, width),)](
             wanted, target, steps, importance, correction, codes, tried, origin,
             rows, outputs, strips, self.least, self.most,
-            self.beams, beams, width, STRIP, 2 * beams - 1, self.float8,
+            self.beams, beams, width, STRIP, 2 * beams - 1, self.float8, **OPTIONS,
         )  # fmt: skip
         return codes
 
@@ -65,7 +66,7 @@ class TritonKernel:
         errors = torch.empty_like(scales)
         _scale_errors[(triton.cdiv(outputs, MOST_OUTPUTS), len(scales))](
             weight, importance, scales, errors, rows, outputs, self.least, self.most,
-            MOST_OUTPUTS, STRIP, self.float8,
+            MOST_OUTPUTS, STRIP, self.float8, **OPTIONS,
         )  # fmt: skip
         return errors
 

@@ -5,7 +5,9 @@ Both sides run the PyTorch path of the solver and PyTorch's own products, so tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional
 
+from benchmarks import gpu as benchmark
 from calibrate import gptq, kernel, outputs, target
 from calibrate.choose import expert_counts
 from calibrate.lookahead import Rows, solve_block
@@ -228,6 +231,24 @@ def test_no_scores_of_all_pairs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(allowed) > tiny.SCOUT.layers  # chunks of 32 and what is left
     assert not any(allowed)
     assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_the_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small sizes; every path of the solver leaves the same loss."""
+    monkeypatch.setattr(kernel, "_triton", lambda: None)
+    monkeypatch.setattr(benchmark, "PIECE", (256, 32))
+    sizes = ["--experts", "1", "--tokens", "320", "--width", "128", "--size", "128"]
+    with fake_gpu() if name == "cuda" else nullcontext():
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
+        found = CliRunner().invoke(
+            benchmark.main, [*sizes, "--beams", "1", "--device", name], catch_exceptions=False
+        )
+    for phase in ("forward", "moments", "factor", "correction", "scales", "codes", "judge", "pack"):
+        assert re.search(rf"^{phase}.* \d\.\d\de\+\d\d", found.output, re.MULTILINE)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", found.output)]
+    assert losses == pytest.approx(3 * [losses[0]], rel=0.01)
+    assert ("of the GPU 1.00 GB" in found.output) == (name == "cuda")
 
 
 # --- what a user says ---
