@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -49,8 +49,8 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: Counter[str] = Counter()
-        self.amounts: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.amounts: dict[str, int] = defaultdict(int)
 
     def time(self, phase: str, amount: int, task: Callable[[], Item]) -> Item:
         self._wait()
@@ -246,7 +246,7 @@ def main(name: str | None, experts: int, tokens: int, width: int, size: int, bea
         line = f"{phase:20}{seconds:10.3f}{amount:10.2e}{amount / seconds:10.2e}"
         counts_flops = not phase.startswith(("scales", "codes", "pack"))
         print(line + (f"{amount / seconds / best:12.0%}" if counts_flops else ""))
-    print(f"{'all':20}{watch.seconds.total():10.3f}")
+    print(f"{'all':20}{sum(watch.seconds.values()):10.3f}")
     print(f"\none piece {PIECE[0]:,} x {PIECE[1]:,}, {beams} beams")
     for path, seconds, loss in paths(device, solver):
         print(f"{path:50}{seconds:10.4f} s   loss {loss:.6f}")

@@ -34,7 +34,7 @@ class OnGpu(torch.Tensor):
 
     @staticmethod
     def __new__(cls: type[OnGpu], held: torch.Tensor) -> OnGpu:
-        made: OnGpu = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: OnGpu = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(),
             dtype=held.dtype, layout=held.layout, device=GPU,
         )  # fmt: skip
@@ -44,7 +44,7 @@ class OnGpu(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         return _run(func, args, kwargs or {})
@@ -178,7 +178,7 @@ def fake_gpu() -> Iterator[torch.device]:
             begin(thread)
 
     nothing = SimpleNamespace(synchronize=lambda: None)
-    patched = {
+    patched: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,

@@ -5,12 +5,14 @@ Both sides run the PyTorch path of the solver and PyTorch's own products, so tha
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -220,9 +222,9 @@ def test_no_scores_of_all_pairs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     allowed = []
     plain = functional.scaled_dot_product_attention
 
-    def spied(*args: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    def spied(*args: Any, **options: Any) -> torch.Tensor:
         allowed.append(torch.backends.cuda.math_sdp_enabled())
-        return plain(*args, is_causal=is_causal)
+        return plain(*args, **options)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
     with fake_gpu() as gpu:
@@ -299,6 +301,28 @@ def test_a_gpu_that_is_not_there(command: list[str], monkeypatch: pytest.MonkeyP
     line = cli(*command, "--device", "cuda")
     assert line.startswith("Error: device 'cuda': PyTorch ")
     assert "finds no GPU here; leave it out to compute on the CPU" in line
+
+
+@pytest.mark.usefixtures("alike")
+def test_the_commands_take_a_device(tmp_path: Path) -> None:
+    """The pocket model, by the command line: the same bytes; and the same evidence once more."""
+    options = ["--eval-windows", "1", "--eval-length", "64", "--needle-lengths", "", "--json"]
+    small = ["--method", "rtn", "--samples", "2", "--length", "64", "--candidates", "2"]
+
+    def done(*arguments: str) -> dict[str, Any]:
+        found = CliRunner().invoke(main, [*arguments, *options], catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+        report: dict[str, Any] = json.loads(found.stdout)
+        return report
+
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+    done("quantize", "pocket", here, *small, "--device", "cpu")
+    with fake_gpu():
+        written = done("quantize", "pocket", there, *small, "--memory", "2GB,1GB")
+        compared = done("eval", there, "--against", "pocket", "--device", "cuda")
+    assert files(Path(there)) == files(Path(here))
+    assert written["evidence"]["likelihood"] == compared["evidence"]["likelihood"]
+    assert written["kernel"].startswith("PyTorch on Fake GPU")
 
 
 def test_memory_of_a_gpu_that_is_not_used() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,6 +101,33 @@ def test_the_same_errors_of_scales(name: str) -> None:
     found = compiled(scheme, 1).scale_errors(weight, importance, scales)
     plain = scale_errors(weight, importance, scales, scheme)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=0)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from calibrate.kernel_triton import _scale_errors, _solve_block
+
+tensors = "wanted target steps importance correction codes weight scales errors".split()
+types = dict.fromkeys(tensors, "*fp32") | {"tried": "*bf16", "origin": "*i32", "rows": "i32",
+         "outputs": "i32", "strips": "i32", "least": "fp32", "most": "fp32"}
+fixed = dict(kept=8, beams=8, width=32, strip_rows=16, name=15, at_once=16, float8=True)
+for kernel in (_solve_block, _scale_errors):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    given = {name: fixed[name] for name in kernel.arg_names if name in fixed}
+    source = ASTSource(kernel, signature, given)
+    done = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    print(len(done.asm["cubin"]) > 0, done.metadata.shared <= 48 * 1024)
+"""
+
+
+def test_it_compiles_for_an_h100(tmp_path: Path) -> None:
+    """By Triton and the ptxas that comes with it, which need no GPU for that."""
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert found.stdout == "True True\n" * 2, found.stderr
 
 
 def test_a_report_can_say_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
