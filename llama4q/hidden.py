@@ -162,11 +162,17 @@ class InFile:
         runs = _runs(where)
         found = torch.empty(sum(len(run) for run in runs), self.width, dtype=self.dtype)
         raw, done = _raw(found), 0
-        for run in runs:
-            size = len(run) * self.row_bytes
-            self.file.seek(run.start * self.row_bytes)
-            _fill(self.file, raw[done : done + size])
-            done += size
+        try:
+            for run in runs:
+                size = len(run) * self.row_bytes
+                self.file.seek(run.start * self.row_bytes)
+                _fill(self.file, raw[done : done + size])
+                done += size
+        except OSError as error:
+            raise UserError(
+                f"{self.folder or tempfile.gettempdir()}: hidden states cannot be read back "
+                f"({error.strerror}); check the disk and repeat the command"
+            ) from None
         return found
 
     def write(self, where: Where, values: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.device import HOST
-from llama4q.machine import Memory
+from llama4q.machine import UNBOUNDED, Memory
 from llama4q.model import logits
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.stream import advance, embed
@@ -78,9 +78,8 @@ def run(
     progress: Quiet | None = None,
     dtype: torch.dtype = torch.float32,
     asked: Questions | None = None,
-    room: float = float("inf"),
+    memory: Memory = UNBOUNDED,
     device: torch.device = HOST,
-    device_room: float = 0,
 ) -> Mapping[str, Any]:
     """The report of a small run; the recipe may be a shipped one's name.
 
@@ -96,7 +95,6 @@ def run(
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return dataclasses.asdict(outcome)
 
-    memory = Memory(room, device_room)
     return quantize(job, evaluation, progress or Quiet(), report, memory)
 
 

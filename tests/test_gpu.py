@@ -32,7 +32,7 @@ from llama4q.config import read_config
 from llama4q.device import use_device
 from llama4q.errors import UserError
 from llama4q.hidden import Spool
-from llama4q.machine import Budget
+from llama4q.machine import Budget, Memory
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.schemes import FP8, SCHEMES, Scheme
 from llama4q.weights import LayerReader
@@ -136,7 +136,7 @@ def test_a_run_writes_the_same_bytes(variant: str, recipe: str, tmp_path: Path) 
     with fake_gpu() as gpu:
         there = runs.run(
             source, tmp_path / "there", small(recipe), dtype=torch.bfloat16, progress=progress,
-            device=gpu, device_room=1e6,
+            device=gpu, memory=Memory(on_device=1e6),
         )  # fmt: skip
     assert files(tmp_path / "there") == files(tmp_path / "here")
     assert there["evidence"] == here["evidence"]

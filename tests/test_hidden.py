@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +79,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     spool = Spool(0, tmp_path / "missing")
     with pytest.raises(UserError, match=r"missing: hidden states do not fit \(No such file"):
         spool.store(SHAPES, torch.float32)
+
+
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full has no room, and at the start of its own memory no process can read."""
+
+    def opened(path: str, flags: int) -> Any:
+        return io.FileIO(os.open(path, flags), "r+" if flags & os.O_RDWR else "r")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: opened("/dev/full", os.O_RDWR))
+    store = Spool(0, tmp_path).store(SHAPES, torch.float32)
+    with pytest.raises(UserError, match=r"hidden states do not fit \(No space left on device\)"):
+        store[0] = torch.zeros(SHAPES[0])
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda **_: opened("/proc/self/mem", os.O_RDONLY)
+    )
+    store = Spool(0, tmp_path).store(SHAPES, torch.float32)
+    with pytest.raises(UserError, match=r"cannot be read back \(Input/output error\)"):
+        store.rows(slice(0, 5))

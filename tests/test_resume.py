@@ -25,6 +25,7 @@ from calibrate.codes import GroupReport
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.errors import UserError
 from llama4q.hidden import _drain as drain
+from llama4q.machine import Memory
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.writer import WORK
 
@@ -221,7 +222,7 @@ def test_a_disk_too_full_for_hidden_states(
     with monkeypatch.context() as patch:
         patch.setattr("llama4q.hidden._drain", full)
         with pytest.raises(UserError, match=r"hidden states do not fit \(No space left on device"):
-            runs.run(source, folder, room=0)
+            runs.run(source, folder, memory=Memory(rows=0))
     assert resumed(source, folder, reference).replayed_groups == GROUPS
 
 

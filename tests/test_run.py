@@ -17,6 +17,7 @@ from calibrate.target import HELD_OUT
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import read_config
 from llama4q.errors import UserError
+from llama4q.machine import Memory
 from llama4q.model import DecoderLayer, Mlp, Moe, attention, feed_forward_input
 from llama4q.recipe import Calibration, Method, Recipe, Solver, load_recipe
 from llama4q.schemes import Scheme, round_to_nearest
@@ -253,7 +254,7 @@ def test_the_room_for_hidden_states_changes_no_byte(
     reports, written = [], []
     for room in (float("inf"), 2_000_000, 500_000, 0):
         folder = tmp_path / f"{room}"
-        reports.append(runs.run(source, folder, recipe, room=room))
+        reports.append(runs.run(source, folder, recipe, memory=Memory(room)))
         written.append(all_bytes(folder))
     assert written == written[:1] * 4
     assert [report["evidence"] for report in reports] == [reports[0]["evidence"]] * 4
