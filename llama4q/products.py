@@ -80,7 +80,10 @@ def _add(
     """`keep` times the F32 `total`, and `times` the product."""
     left, right = _factor(left), _factor(right)
     if total.device.type == "cuda":
-        torch.addmm(total, left, right, out_dtype=torch.float32, beta=keep, alpha=times, out=total)
+        if not keep:
+            total.zero_()
+        # not in one: the addmm of some versions takes no F32 total with BF16 factors
+        total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=times)
         return
     compiled = _bf16_product()
     if compiled is None or left.dtype is not torch.bfloat16 or not left.numel():

@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -45,12 +46,25 @@ from .test_plan import GB, planned
 ROOMS = {"on the GPU": (0, 1e9), "in memory": (1e9, 0), "in files": (0, 0), "some": (2e5, 2e5)}
 
 
+def summed(
+    total: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    keep: float = 1.0,
+    times: float = 1.0,
+) -> None:
+    """What products.py does on a GPU, on any device."""
+    if not keep:
+        total.zero_()
+    total.add_(left.bfloat16().float() @ right.bfloat16().float(), alpha=times)
+
+
 @pytest.fixture
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both devices compute by the same operations."""
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(kernel, "_triton", lambda: None)
-    monkeypatch.setattr(products, "_bf16_product", lambda: None)
+    monkeypatch.setattr(products, "_add", summed)
     modules: list[ModuleType] = [products, gptq, outputs, target]
     for module in modules:
         monkeypatch.setattr(module, "factor_dtype", lambda device: torch.bfloat16)
@@ -251,6 +265,22 @@ def test_the_benchmark_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", found.output)]
     assert losses == pytest.approx(3 * [losses[0]], rel=0.01)
     assert ("of the GPU 1.00 GB" in found.output) == (name == "cuda")
+
+
+def test_products_of_rows_sum_in_f32(gpu: torch.device) -> None:
+    """Against double precision; what is not in the buffer yet is not read."""
+    left, right = torch.randn(2, 64, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = left.double().T @ right.double()
+    there = left.to(gpu), right.to(gpu)
+    total = torch.ones(40, 40, device=gpu)
+    products.add_product(total, there[0].T, there[1], times=-2.0)
+    torch.testing.assert_close(total.cpu().double(), 1 - 2 * expected, rtol=0, atol=1e-4)
+    with mock.patch.object(torch.Tensor, "new_empty", lambda one, *size, **kind: one.new_full(
+        size, torch.nan, **kind
+    )):  # fmt: skip
+        found = products.product(there[0].T, there[1])
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=1e-4)
 
 
 # --- what a user says ---
