@@ -26,7 +26,7 @@ from llama4q.writer import CheckpointWriter
 
 from . import runs
 
-LAYERS, SEQUENCES, LENGTH = 2, 160, 512  # rows of 82,000 tokens are what budgets are about
+LAYERS, SEQUENCES, LENGTH = 2, 96, 512  # rows of 49,000 tokens are what budgets are about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,8 @@ def main(folder: Path, count: int) -> list[Took]:
     source = shortened(folder / "source")
     tokens = runs.tokens(source, SEQUENCES, LENGTH)
     asked = runs.questions(source)
-    texts = Texts(((SEQUENCES, LENGTH),), (tuple(asked.windows.shape),), ((2, 40),))
+    windows, length = asked.windows.shape
+    texts = Texts(((SEQUENCES, LENGTH),), ((windows, length),), ((2, 40),))
     config, recipe = read_config(source), load_recipe("int4")
     plan = plan_for(Checkpoint(source), config, recipe, texts)
     least = plan.held(Budget(0))
