@@ -78,7 +78,7 @@ def _nearest(value, least, most, float8: tl.constexpr):
     if float8:
         bits = value.to(tl.int32, bitcast=True)
         normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
-        subnormal = (value * 512 + ROUND - ROUND) / 512  # below 2^-5 codes are 2^-9 apart
+        subnormal = (value * 512 + ROUND - ROUND) * 0.001953125  # below 2^-5 they are 2^-9 apart
         return tl.where(tl.abs(value) < 0.015625, subnormal, normal.to(tl.float32, bitcast=True))
     return value + ROUND - ROUND
 

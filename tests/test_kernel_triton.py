@@ -117,7 +117,8 @@ for kernel in (_solve_block, _scale_errors):
     given = {name: fixed[name] for name in kernel.arg_names if name in fixed}
     source = ASTSource(kernel, signature, given)
     done = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-    print(len(done.asm["cubin"]) > 0, done.metadata.shared <= 48 * 1024)
+    approximate = "div.full" in done.asm["ptx"]  # what a plain / becomes
+    print(len(done.asm["cubin"]) > 0, done.metadata.shared <= 48 * 1024, approximate)
 """
 
 
@@ -127,7 +128,7 @@ def test_it_compiles_for_an_h100(tmp_path: Path) -> None:
         [sys.executable, "-c", COMPILE], capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
     )  # fmt: skip
-    assert found.stdout == "True True\n" * 2, found.stderr
+    assert found.stdout == "True True False\n" * 2, found.stderr
 
 
 def test_a_report_can_say_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
