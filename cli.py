@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llama4q.hub import Source
     from llama4q.machine import Budget
     from llama4q.recipe import Calibration, Recipe
+    from llama4q.weights import LayerReader
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -143,6 +144,12 @@ def evaluation_options(command: Command) -> Command:
                 show_default=True,
                 help="Arithmetic: bfloat16 as engines serve, float32 to compare methods.",
             ),
+            click.option(
+                "--device",
+                metavar="NAME",
+                help="Where to compute: cpu, cuda, or one of several GPUs as cuda:1.  "
+                "[default: the GPU where there is one]",
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
         )
     ):
@@ -189,9 +196,9 @@ def inspect(source: str, as_json: bool) -> None:
     help="How INT codes are found; rtn rounds to nearest, to compare with.  [default: gptq]",
 )  # fmt: skip
 @click.option(
-    "--memory", metavar="HOST",
-    help="What the run may use of this machine, as in 16GB. With little of it hidden states lie in "
-    "files; the result is the same.  [default: nine tenths of what is free]",
+    "--memory", metavar="HOST[,GPU]",
+    help="What the run may use of this machine, as in 16GB or 16GB,70GB. With little of it hidden "
+    "states lie in files; the result is the same.  [default: nine tenths of what is free]",
 )  # fmt: skip
 @click.option("--plan", "only_plan", is_flag=True, help="Say what the run will take, and stop.")
 @click.option("--gpu", default=GPU, show_default=True, help="The device of the fit line.")
@@ -210,6 +217,7 @@ def quantize(
     only_plan: bool,
     gpu: str,
     dtype: str,
+    device: str | None,
     as_json: bool,
     **measured_on: Any,
 ) -> None:
@@ -243,12 +251,16 @@ def quantize(
     from evals.report import render
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
+    from llama4q.device import use_device
     from llama4q.hub import POCKET, resolve
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
+    from llama4q.weights import LayerReader
 
     ranks = join()
+    where = use_device(device, ranks.neighbour)
+    budget = _budget(memory, where, ranks)
 
     def prepared() -> tuple[Recipe, Source, ModelConfig, Path, CalibrationSet, Questions, Plan]:
         """What the run is about, once for all ranks."""
@@ -283,18 +295,16 @@ def quantize(
 
     chosen, original, config, folder, drawn, questions, plan = ranks.from_first(prepared)
     settings = chosen.calibration
-    budget = _budget(memory, ranks)
     if only_plan:
         if ranks.first:
-            pace = _pace(original.folder, folder, chosen, dtype)
+            pace = _pace(original.folder, folder, chosen, dtype, where)
             click.echo("\n".join(plan.lines(budget, pace)))
         return
     held = check_memory(plan, budget, memory is not None)
     keep_freed_memory()
-    drawn = ranks.from_first(
-        lambda: _chosen(drawn, settings, original.folder, config, DTYPES[dtype])
-    )
-    job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype])
+    reader = LayerReader(Checkpoint(original.folder, where), config, DTYPES[dtype])
+    drawn = ranks.from_first(lambda: _chosen(drawn, settings, reader))
+    job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype], where)
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return {
@@ -312,7 +322,7 @@ def quantize(
                 "mix": [part.to_json() for part in drawn.drawn],
                 "coverage": coverage(chosen, config, outcome.layers),
             },
-            "kernel": description(chosen.solver.beams),
+            "kernel": description(chosen.solver.beams, where),
             "dtype": dtype,
             "units": UNITS,
             "layers": outcome.layers,
@@ -336,13 +346,20 @@ def quantize(
         click.echo(f"Warning: {covered['warning']}", err=True)
 
 
-def _budget(memory: str | None, ranks: Ranks) -> Budget:
-    """What this process may use: as named, else nine tenths of what is free, shared evenly by those
-    of this machine."""
-    from llama4q.machine import Budget, free_memory, parse_memory
+def _budget(memory: str | None, device: torch.device, ranks: Ranks) -> Budget:
+    """What this process may use: as named, else nine tenths of what is free. The host's memory is
+    shared evenly by the processes on it."""
+    from llama4q.machine import Budget, device_memory, free_memory, parse_memory
 
-    budget = parse_memory(memory) if memory else Budget(free_memory() * 9 // 10)
-    return Budget(budget.host // ranks.neighbours, budget.device)
+    named = parse_memory(memory) if memory else Budget(free_memory() * 9 // 10)
+    host = named.host // ranks.neighbours
+    if device.type == "cpu":
+        if named.device is not None:
+            raise UserError(
+                f"memory {memory!r}: gives some of a GPU to a run on the CPU; name the host's alone"
+            )
+        return Budget(host)
+    return Budget(host, named.device or device_memory(device) * 9 // 10)
 
 
 def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
@@ -360,7 +377,9 @@ def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
     )
 
 
-def _pace(source: Path, destination: Path, recipe: Recipe, dtype: str) -> Pace:
+def _pace(
+    source: Path, destination: Path, recipe: Recipe, dtype: str, device: torch.device
+) -> Pace:
     """How fast this machine is, measured in a few seconds."""
     from calibrate.plan import measure_searches, pace
     from calibrate.run import DTYPES
@@ -371,8 +390,8 @@ def _pace(source: Path, destination: Path, recipe: Recipe, dtype: str) -> Pace:
     existing = next(path for path in destination.absolute().parents if path.exists())
     shard = next(iter(sorted(source.glob("*.safetensors"))))
     searched = next((one for one in recipe.schemes.values() if one.calibrates), SCHEMES["int4"])
-    rates, searches = measure_rates(shard, existing), measure_searches(searched, recipe.solver)
-    return pace(rates, searches, DTYPES[dtype])
+    rates = measure_rates(shard, existing, device)
+    return pace(rates, measure_searches(searched, recipe.solver, device), DTYPES[dtype])
 
 
 @contextlib.contextmanager
@@ -397,30 +416,22 @@ def _told_what_stands(folder: Path, layers: int) -> Iterator[None]:
         raise
 
 
-def _chosen(
-    drawn: CalibrationSet,
-    settings: Calibration,
-    source: Path,
-    config: ModelConfig,
-    dtype: torch.dtype,
-) -> CalibrationSet:
+def _chosen(drawn: CalibrationSet, settings: Calibration, reader: LayerReader) -> CalibrationSet:
     """The sequences that cover the experts best, where more were drawn than are wanted."""
-    if settings.candidates == 1 or not config.moe_layers:
+    if settings.candidates == 1 or not reader.config.moe_layers:
         return drawn
     from tqdm import tqdm
 
     from calibrate.choose import best_covering, expert_counts
     from calibrate.data import kept
-    from llama4q.checkpoint import Checkpoint
-    from llama4q.weights import LayerReader
 
     if len(drawn.drawn) > 1:
         raise UserError(
             f"--candidates {settings.candidates} with a mix of {len(drawn.drawn)} texts would "
             f"change their shares; name one text, or leave out --candidates"
         )
-    reader = LayerReader(Checkpoint(source), config, dtype)
-    with tqdm(total=config.num_layers, desc="choosing calibration text", unit="layer") as bar:
+    layers = reader.config.num_layers
+    with tqdm(total=layers, desc="choosing calibration text", unit="layer") as bar:
 
         def layer_done() -> None:
             bar.update()
@@ -437,7 +448,13 @@ def _chosen(
 )
 @evaluation_options
 def evaluate(
-    quantized: str, against: str, out: Path | None, dtype: str, as_json: bool, **measured_on: Any
+    quantized: str,
+    against: str,
+    out: Path | None,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+    **measured_on: Any,
 ) -> None:
     """Compare the checkpoint QUANTIZED with the original, layer by layer in one pass.
 
@@ -451,15 +468,17 @@ def evaluate(
     from evals.report import render
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
+    from llama4q.device import use_device
     from llama4q.hub import resolve
     from llama4q.text import load_tokenizer
     from llama4q.weights import LayerReader
     from llama4q.writer import to_json, write_atomically, writing
 
+    where = use_device(device)
     original, other = resolve(against), resolve(quantized)
     configs = [read_config(side.folder) for side in (original, other)]  # refuses early
     readers = [
-        LayerReader(Checkpoint(side.folder), config, DTYPES[dtype])
+        LayerReader(Checkpoint(side.folder, where), config, DTYPES[dtype])
         for side, config in zip((original, other), configs, strict=True)
     ]
     questions = _questions(load_tokenizer(original.folder), **measured_on)

@@ -35,6 +35,7 @@ class Place(Enum):
 
     HOST = "host"
     COMPUTE = "compute"  # where products are: the GPU if there is one, else the host
+    STAGING = "staging"  # on the host, and only where there is a GPU
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def stages(config: ModelConfig, recipe: Recipe, texts: Texts, ranks: int = 1) ->
     """Everything that one of so many ranks goes through; layers that are alike come again."""
     always = (
         Piece("runtime", RUNTIME_BYTES, Place.HOST),
-        Piece("routers of all layers", _router_views(config), Place.HOST),
+        Piece("routers of all layers", _router_views(config)),
+        Piece("tensors on their way to the GPU", _staging(config), Place.STAGING),
     )
     table = Piece("embedding or head", ROW * config.vocab_size * config.hidden_size)
     yield Stage("embedding", (*always, table))
@@ -133,15 +135,26 @@ def _router_views(config: ModelConfig) -> int:
     return EXACT * config.hidden_size * config.num_experts * len(config.moe_layers)
 
 
+def _staging(config: ModelConfig) -> int:
+    """Pinned buffers, which PyTorch keeps, one for each size that is a power of two."""
+    width = config.hidden_size
+    outputs = {config.vocab_size, config.num_heads * config.head_dim}
+    if config.moe_layers:
+        outputs |= {config.expert_size, 2 * config.expert_size}
+    if len(config.moe_layers) < config.num_layers:
+        outputs.add(config.dense_size)
+    return sum({1 << (ROW * width * size - 1).bit_length() for size in outputs})
+
+
 def _resident(config: ModelConfig, index: int) -> Iterator[Piece]:
     """The layer in work and what is read ahead: the next layer, or an expert and the next one."""
     yield Piece("layer", _layer(config, index))
     following = min(index + 1, config.num_layers - 1)
-    yield Piece("next layer, read ahead", _layer(config, following), Place.HOST)
+    yield Piece("next layer, read ahead", _layer(config, following))
     if index in config.moe_layers:
         expert = 3 * ROW * config.hidden_size * config.expert_size
         yield Piece("expert", expert)
-        yield Piece("next expert, read ahead", expert, Place.HOST)
+        yield Piece("next expert, read ahead", expert)
 
 
 def _layer(config: ModelConfig, index: int) -> int:

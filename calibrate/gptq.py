@@ -59,7 +59,7 @@ def factorize(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor 
     mean = float(diagonal.mean())
     if not mean > 0:
         return None
-    order = torch.argsort(diagonal, stable=True) if act_order else _back_to_front(len(diagonal))
+    order = torch.argsort(diagonal, stable=True) if act_order else _back_to_front(diagonal)
     for attempt in range(DAMPING_RETRIES + 1):
         tried = damping * 10**attempt
         if act_order:
@@ -72,9 +72,9 @@ def factorize(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor 
     return None
 
 
-def _back_to_front(size: int) -> torch.Tensor:
+def _back_to_front(diagonal: torch.Tensor) -> torch.Tensor:
     """The order in which the weight's own rows are rounded from the first to the last."""
-    return torch.arange(size - 1, -1, -1)
+    return torch.arange(len(diagonal) - 1, -1, -1, device=diagonal.device)
 
 
 def _factor(order: torch.Tensor, upper: torch.Tensor, damping: float, attempts: int) -> Factor:
@@ -82,7 +82,7 @@ def _factor(order: torch.Tensor, upper: torch.Tensor, damping: float, attempts: 
     importance = torch.empty_like(diagonal)
     importance[order] = diagonal.square()
     unit = upper.div_(diagonal[:, None])
-    return Factor(order, unit, unit.to(factor_dtype()), importance, damping, attempts)
+    return Factor(order, unit, unit.to(factor_dtype(unit.device)), importance, damping, attempts)
 
 
 def choose_scales(
@@ -98,7 +98,8 @@ def choose_scales(
     grouped = weight.contiguous().view(len(largest), -1, weight.shape[1])
     if signed and scheme.kind is Kind.INT:
         largest = torch.where(grouped.amax(dim=1) > -grouped.amin(dim=1), -largest, largest)
-    tried = storable(largest[:, None] * _fractions(scheme, points)[:, None])
+    fractions = _fractions(scheme, points).to(weight.device)
+    tried = storable(largest[:, None] * fractions[:, None])
     errors = [
         scale_errors(rows, weights, scales, scheme)
         for rows, weights, scales in zip(
@@ -143,7 +144,7 @@ def solve(
     inputs = weight.shape[0]
     group = inputs // scales.shape[0]
     steps = scales.float()
-    residual = weight.new_empty(weight.shape, dtype=factor_dtype())
+    residual = weight.new_empty(weight.shape, dtype=factor_dtype(weight.device))
     codes = weight.new_empty(weight.shape, dtype=scheme.stored_codes(steps[:0]).dtype)
     for stop in range(inputs, 0, -BLOCK):
         block = slice(max(0, stop - BLOCK), stop)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama4q.device import HOST
 from llama4q.products import add_square, mirror
 
 ROWS_AT_ONCE = 8192  # bounds the F32 copies, not the result's meaning
@@ -35,9 +36,9 @@ class Hessian:
         return Hessian(torch.diag(self.matrix.diagonal()), self.tokens)
 
 
-def measure(batches: Iterable[torch.Tensor], inputs: int) -> Hessian:
+def measure(batches: Iterable[torch.Tensor], inputs: int, device: torch.device = HOST) -> Hessian:
     """The Hessian of rows `[N, I]`, given in batches. Products of BF16 are exact in F32."""
-    total = torch.zeros(inputs, inputs)
+    total = torch.zeros(inputs, inputs, device=device)
     tokens = 0
     for rows in batches:
         add_square(total, rows)

@@ -1,9 +1,10 @@
-"""The inner loops of the solver in C, compiled where they are first needed.
+"""The inner loops of the solver in C, compiled where they are first needed; on a GPU in Triton.
 
 PyTorch does the same work (lookahead.py, gptq.py) one operation at a time, over and over through
-memory: 10 times slower with 8 beams. It is what runs where there is no C compiler, to the same
-codes but for sums that round differently; `description` says which of the two it is. A compiled
-kernel is kept in the user's cache, by everything that its bytes depend on. Knows no models.
+memory: 10 times slower with 8 beams. It is what runs where there is no C compiler or no Triton
+(kernel_triton.py), to the same codes but for sums that round differently; `description` says which
+of them it is. A compiled kernel is kept in the user's cache, by everything that its bytes depend
+on. Knows no models.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from llama4q.device import HOST
 from llama4q.schemes import FLOAT8_MAX, Kind, Scheme
+
+if TYPE_CHECKING:
+    from .kernel_triton import TritonKernel
 
 SOURCE = Path(__file__).with_name("kernel.c")
 OPTIONS = ("-O3", "-march=native", "-shared", "-fPIC")
@@ -95,26 +101,43 @@ def _parts(outputs: int, count: int) -> list[range]:
     return [range(start, min(start + width, outputs)) for start in range(0, outputs, width)]
 
 
-def kernel(scheme: Scheme, beams: int, device: torch.device) -> Kernel | None:
-    """None where PyTorch has to do the work: on other devices, with many beams, uncompiled."""
-    if beams > MOST_BEAMS or device.type != "cpu":
+def kernel(scheme: Scheme, beams: int, device: torch.device) -> Kernel | TritonKernel | None:
+    """None where PyTorch has to do the work: with many beams, uncompiled, without Triton."""
+    if beams > MOST_BEAMS:
         return None
     float8 = scheme.kind is Kind.FLOAT8
-    library = _library(_compiler(), beams, float8)
-    if not isinstance(library, ctypes.CDLL):
-        return None
     bounds = (-FLOAT8_MAX, FLOAT8_MAX) if float8 else (scheme.code_min, scheme.code_max)
-    return Kernel(library, *bounds)
+    if device.type == "cuda":
+        triton = _triton()
+        return None if triton is None else triton(beams, float8, *map(float, bounds))
+    library = _library(_compiler(), beams, float8)
+    return Kernel(library, *bounds) if isinstance(library, ctypes.CDLL) else None
 
 
-def description(beams: int) -> str:
-    """What runs the search on this machine, for a report."""
+def description(beams: int, device: torch.device = HOST) -> str:
+    """What runs the search on a device, for a report."""
+    on_gpu = device.type == "cuda"
+    name = "Triton kernel" if on_gpu else "C kernel"
+    where = f" on {torch.cuda.get_device_name(device)}" if on_gpu else ""
     if beams > MOST_BEAMS:
-        return f"PyTorch, as the C kernel takes at most {MOST_BEAMS} beams"
-    library = _library(_compiler(), beams, False)
-    if isinstance(library, str):
-        return f"PyTorch, as the C kernel could not be had: {library}"
-    return "C kernel"
+        return f"PyTorch{where}, as the {name} takes at most {MOST_BEAMS} beams"
+    if on_gpu:
+        missing = "triton is not installed" if _triton() is None else None
+    else:
+        library = _library(_compiler(), beams, False)
+        missing = library if isinstance(library, str) else None
+    if missing is not None:
+        return f"PyTorch{where}, as the {name} could not be had: {missing}"
+    return f"{name}{where}"
+
+
+def _triton() -> type[TritonKernel] | None:
+    """PyTorch brings Triton along for most GPUs."""
+    try:
+        from .kernel_triton import TritonKernel
+    except ImportError:
+        return None
+    return TritonKernel
 
 
 def name_mask(beams: int) -> int:

@@ -330,7 +330,7 @@ def _through(others: Others, original: Mlp, served: Mlp) -> Others:
     pool = None
     if others.pool is not None:
         rows = torch.cat([served.hidden(part) for part in others.sample.split(TOKENS_AT_ONCE)])
-        pool = measure([rows], rows.shape[1])
+        pool = measure([rows], rows.shape[1], rows.device)
         pool = shrink(pool, pool.alone(), [rows])
     held = dataclasses.replace(
         others.held,
@@ -360,6 +360,6 @@ def _halves(pair: StoredWeight) -> tuple[StoredWeight, StoredWeight]:
 def _unfused(name: str, mlp: Mlp) -> Iterator[tuple[str, torch.Tensor]]:
     """A BF16 expert in the quantized checkpoint's layout: engines load no fused one beside it."""
     gate, up = mlp.gate_up.weight.to(torch.bfloat16).chunk(2, dim=1)
-    yield f"{name}.{GATE}.weight", gate.T.contiguous()
-    yield f"{name}.{UP}.weight", up.T.contiguous()
-    yield f"{name}.{DOWN}.weight", mlp.down.weight.to(torch.bfloat16).T.contiguous()
+    down = mlp.down.weight.to(torch.bfloat16)
+    for part, weight in ((GATE, gate), (UP, up), (DOWN, down)):
+        yield f"{name}.{part}.weight", weight.T.contiguous().cpu()

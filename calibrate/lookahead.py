@@ -92,7 +92,7 @@ def _strip(
         ahead = _pick(ahead[:, :-1], parent)
         residual = (rows.target[row] - codes * step)[:, None]
         ahead.addcmul_(rows.correction[start:row, row, None], residual)
-    origin = _numbers(len(cost), cost.shape[1])
+    origin = _numbers(cost)
     found = []
     for codes, parent in reversed(taken):  # back along the sequences that are left
         found.append(codes.gather(0, origin))
@@ -109,10 +109,9 @@ def _branch(
     beams: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best next codes `[K', O]`, the sequences that they continue, and what those cost then."""
-    count, outputs = cost.shape
     codes = scheme.nearest(exact)
     if beams == 1:
-        return codes, _numbers(1, outputs), cost
+        return codes, _numbers(cost), cost
     second = scheme.second_nearest(exact, codes)
     added = [importance * ((exact - codes) * step).square()]
     added.append(importance * ((exact - second) * step).square())
@@ -120,18 +119,19 @@ def _branch(
     name = name_mask(beams)
     keys = torch.cat((_named(cost + added[0], 0, name), _named(cost + added[1], 1, name)))
     codes = torch.cat((codes, second))
-    keys, which = keys.topk(min(beams, 2 * count), dim=0, largest=False, sorted=False)
-    return codes.gather(0, which), which % count, (keys & ~name).view(torch.float32)
+    keys, which = keys.topk(min(beams, len(keys)), dim=0, largest=False, sorted=False)
+    return codes.gather(0, which), which % len(cost), (keys & ~name).view(torch.float32)
 
 
 def _named(costs: torch.Tensor, code: int, name: int) -> torch.Tensor:
     """The bits of costs, which sort as costs do, the last ones replaced by a candidate's number."""
-    numbers = 2 * torch.arange(len(costs), dtype=torch.int32) + code
+    numbers = 2 * torch.arange(len(costs), dtype=torch.int32, device=costs.device) + code
     return (costs.view(torch.int32) & ~name) | numbers[:, None]
 
 
-def _numbers(count: int, outputs: int) -> torch.Tensor:
-    return torch.arange(count)[:, None].expand(count, outputs)
+def _numbers(cost: torch.Tensor) -> torch.Tensor:
+    """The number of each sequence, `[K, O]`."""
+    return torch.arange(len(cost), device=cost.device)[:, None].expand(cost.shape)
 
 
 def _pick(beams: torch.Tensor, which: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import ModelConfig
+from llama4q.device import HOST
 from llama4q.errors import UserError
 from llama4q.machine import Budget, Memory, Rates, best_rate
 from llama4q.recipe import Recipe, Solver
@@ -80,15 +81,18 @@ def pace(rates: Rates, searches: Mapping[Phase, float], dtype: torch.dtype) -> P
     return Pace(speeds, rates.read, rates.write)
 
 
-def measure_searches(scheme: Scheme, solver: Solver) -> dict[Phase, float]:
+def measure_searches(
+    scheme: Scheme, solver: Solver, device: torch.device = HOST
+) -> dict[Phase, float]:
     """What the solver's own loops reach on a small piece: factors in FLOP/s, weights times points
     and weights times beams a second."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SEARCHED, generator=generator)
-    importance = torch.rand(len(weight), generator=generator) + 0.5
+    weight = torch.randn(SEARCHED, generator=generator).to(device)
+    importance = (torch.rand(len(weight), generator=generator) + 0.5).to(device)
     scales = choose_scales(weight, importance, scheme, 1, signed=True).float()
     steps = scales.repeat_interleave(len(weight) // len(scales), dim=0)
-    block = Rows(weight[:BLOCK], steps[:BLOCK], importance[:BLOCK], torch.eye(BLOCK))
+    alone = torch.eye(BLOCK, device=device)
+    block = Rows(weight[:BLOCK], steps[:BLOCK], importance[:BLOCK], alone)
 
     def search_scales() -> None:
         choose_scales(weight, importance, scheme, solver.scale_points, signed=True)
@@ -96,16 +100,16 @@ def measure_searches(scheme: Scheme, solver: Solver) -> dict[Phase, float]:
     def search_codes() -> None:
         solve_block(block.target, block, scheme, solver.beams)
 
-    dominant = torch.rand(FACTORED, FACTORED) + FACTORED * torch.eye(FACTORED)
+    dominant = torch.rand(FACTORED, FACTORED, device=device)
+    dominant.diagonal().add_(FACTORED)
     factored = torch.empty_like(dominant)
-    host = torch.device("cpu")
     points, beams = weight.numel() * solver.scale_points, block.target.numel() * solver.beams
     return {
         Phase.FACTOR: best_rate(
-            lambda: factor_upper(factored.copy_(dominant)), factor(FACTORED), host
+            lambda: factor_upper(factored.copy_(dominant)), factor(FACTORED), device
         ),
-        Phase.SCALES: best_rate(search_scales, points, host),
-        Phase.CODES: best_rate(search_codes, beams, host),
+        Phase.SCALES: best_rate(search_scales, points, device),
+        Phase.CODES: best_rate(search_codes, beams, device),
     }
 
 
@@ -115,7 +119,8 @@ class Placement:
 
     host: int  # bytes at the peak
     device: int  # 0 without a GPU
-    spilled: tuple[Piece, ...]  # rows of tokens that go to files
+    on_device: tuple[Piece, ...]  # rows of tokens that stay on the GPU
+    spilled: tuple[Piece, ...]  # those that go to files
     short: int  # bytes that are missing on the host, even so
     short_on_device: int
 
@@ -168,10 +173,13 @@ class Plan:
         units = [Planned(unit.network, unit.schemes, pace.seconds(unit)) for unit in self.units]
         return Eta(units, OVERHEAD)
 
-    def spool_bytes(self, budget: Budget) -> int:
-        """What a budget leaves on the host for rows of tokens; below 0 when nothing else fits."""
+    def room(self, budget: Budget) -> Budget:
+        """What a budget leaves for rows of tokens; below 0 where nothing else fits."""
         left = budget.host - self.held(budget)
-        return left - min(self.kept(budget), max(0, left))
+        host = left - min(self.kept(budget), max(0, left))
+        if budget.device is None:
+            return Budget(host)
+        return Budget(host, budget.device - self.largest(Place.COMPUTE).nbytes(Place.COMPUTE))
 
     def held(self, budget: Budget) -> int:
         """Bytes of the host at the peak, but for rows of tokens."""
@@ -183,21 +191,28 @@ class Plan:
         return 0 if budget.device is not None else int(KEPT * self.held(budget))
 
     def fits(self, budget: Budget) -> Placement:
-        """Rows of tokens stay in memory in the order in which they are made, while there is room:
-        first hidden states, which each part of a layer reads, last what it keeps for a moment."""
-        left = self.spool_bytes(budget)
-        spilled = []
-        short = max(0, -left)
+        """Rows of tokens stay on the GPU, then in memory, in the order in which they are made,
+        while there is room: first hidden states, which each part of a layer reads, last what it
+        keeps for a moment."""
+        room = self.room(budget)
+        host, device = room.host, room.device or 0
+        on_device, spilled = [], []
         for store in self.stores:
-            if store.nbytes <= left:
-                left -= store.nbytes
+            if store.nbytes <= device:
+                device -= store.nbytes
+                on_device.append(store)
+            elif store.nbytes <= host:
+                host -= store.nbytes
             else:
                 spilled.append(store)
-        on_device = 0
-        if budget.device is not None:
-            on_device = self.largest(Place.COMPUTE).nbytes(Place.COMPUTE)
-        missing = max(0, on_device - (budget.device or 0))
-        return Placement(budget.host - left, on_device, tuple(spilled), short, missing)
+        return Placement(
+            budget.host - host,
+            (budget.device or 0) - device,
+            tuple(on_device),
+            tuple(spilled),
+            max(0, -room.host),
+            max(0, -(room.device or 0)),
+        )
 
     def lines(self, budget: Budget, pace: Pace) -> Iterator[str]:
         """For the terminal. GB are 10^9 bytes."""
@@ -214,6 +229,7 @@ class Plan:
             yield f"         {_gb(kept)}  freed, and kept for what follows"
         for store in self.stores:
             where = "in a file" if store in placement.spilled else "in memory"
+            where = "on the GPU" if store in placement.on_device else where
             yield f"         {_gb(store.nbytes)}  {store.name}: {where}"
         if budget.device is not None:
             note = _peak_note(budget.device, placement.short_on_device)
@@ -282,19 +298,23 @@ def check_memory(plan: Plan, budget: Budget, named: bool) -> Memory:
     Raises UserError when a run needs more, whatever goes to files.
     """
     placement = plan.fits(budget)
-    if placement.short:
-        needed = (budget.host + placement.short) / 1e9
-        given = "--memory gives it" if named else "no more is free than"
-        largest = plan.largest(*_on_host(budget)).name
-        raise UserError(
-            f"memory: the run needs {needed:.1f} GB of the host at its peak ({largest}), and "
-            f"{given} {budget.host / 1e9:.1f} GB; free some, or take a machine that has more"
-        )
-    return Memory(plan.spool_bytes(budget), FULL * budget.host)
+    for where, given, short, places in (
+        ("the host", budget.host, placement.short, _on_host(budget)),
+        ("the GPU", budget.device or 0, placement.short_on_device, (Place.COMPUTE,)),
+    ):
+        if short:
+            limit = "--memory gives it" if named else "no more is free than"
+            raise UserError(
+                f"memory: the run needs {(given + short) / 1e9:.1f} GB of {where} at its peak "
+                f"({plan.largest(*places).name}), and {limit} {given / 1e9:.1f} GB; free some, or "
+                f"take a machine that has more"
+            )
+    room = plan.room(budget)
+    return Memory(room.host, room.device or 0, FULL * budget.host)
 
 
 def _on_host(budget: Budget) -> tuple[Place, ...]:
-    return (Place.HOST, Place.COMPUTE) if budget.device is None else (Place.HOST,)
+    return (Place.HOST, Place.COMPUTE if budget.device is None else Place.STAGING)
 
 
 def _gb(nbytes: int) -> str:

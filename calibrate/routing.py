@@ -43,4 +43,4 @@ def output_metric(
         return None
     joined = torch.cat(later, dim=1)
     width = len(joined)
-    return torch.eye(width).addmm_(joined, joined.T, alpha=weight * width)
+    return torch.eye(width, device=joined.device).addmm_(joined, joined.T, alpha=weight * width)

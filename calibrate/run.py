@@ -23,6 +23,7 @@ import torch
 from llama4q import __version__
 from llama4q.checkpoint import Checkpoint, fingerprint
 from llama4q.config import ModelConfig, read_config
+from llama4q.device import HOST
 from llama4q.errors import UserError
 from llama4q.export import config_with, quantization_config, quantized_already, side_files
 from llama4q.hidden import Spool
@@ -59,6 +60,7 @@ class Job:
     tokens: tuple[torch.Tensor, ...]  # calibration tokens [S, T], one for each length
     digest: str  # of the tokens
     dtype: torch.dtype  # of activations and products
+    device: torch.device = HOST  # where they are; bytes depend on it as on any processor
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Run:
         self.source = Checkpoint(job.source)
         self.observer = observer
         self.written = Units(ranks, job.destination, self._run_key())
-        self.spool = Spool(memory.rows, self.written.work)
+        self.spool = Spool(memory.rows, self.written.work, job.device, memory.on_device)
         self.most = memory.most
         self.progress = progress
         self.units = [
@@ -161,10 +163,11 @@ class Run:
 
     def _stream(self) -> None:
         """Write every unit; layers in order, both streams beside each other."""
-        original = LayerReader(Checkpoint(self.job.source), self.config, self.job.dtype)
+        device, solver = self.job.device, self.job.recipe.solver
+        original = LayerReader(Checkpoint(self.job.source, device), self.config, self.job.dtype)
         self.progress.start(groups_in(self.config, self.job.recipe))
-        if self.job.recipe.solver.method is Method.GPTQ:
-            self.progress.phase(f"inner loops: {description(self.job.recipe.solver.beams)}")
+        if solver.method is Method.GPTQ:
+            self.progress.phase(f"inner loops: {description(solver.beams, device)}")
         self.router_views = views(original)
         embedding = original.embedding()
         dealt = deal(self.job.tokens, self.ranks)
@@ -235,7 +238,8 @@ class Run:
 
     def reader_of(self, files: Iterable[str]) -> LayerReader:
         """Reads what this run has written under these names."""
-        return LayerReader(self.written.read_back(files), self.config, self.job.dtype)
+        written = self.written.read_back(files, self.job.device)
+        return LayerReader(written, self.config, self.job.dtype)
 
     def _layer_record(self, writer: CheckpointWriter, index: int) -> dict[str, Any]:
         """What the report says of a layer: its record, and those of its parts joined."""

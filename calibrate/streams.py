@@ -66,6 +66,7 @@ class Both:
         self.served = Passing(config, layer, streams.served)
         self.plain = Passing(config, layer, streams.plain)
         self.width = config.hidden_size
+        self.device = layer.post_norm.device
         self.dealt = streams.dealt
         self.ranks = streams.dealt.ranks
         self.parts = self.dealt.parts[self.dealt.own]  # of this rank's tokens
@@ -104,7 +105,8 @@ class Both:
         A token that the original sent to another expert has no original input to this one.
         """
         served = self.served.scaled(where)
-        plain = torch.where(self.same(where)[:, None], self.plain.scaled(where), served)
+        same = self.same(where)[:, None].to(served.device)
+        plain = torch.where(same, self.plain.scaled(where), served)
         return Pair(served, plain, None, self.parts[where])
 
     def lacking(self, where: Where, added: bool) -> torch.Tensor:
@@ -116,7 +118,7 @@ class Both:
         lacking = self.plain.hidden.rows(where).float() - self.served.hidden.rows(where).float()
         if added:
             lacking += self.plain.added.rows(where).float() - self.served.added.rows(where).float()
-            lacking.masked_fill_(~self.same(where)[:, None], 0.0)
+            lacking *= self.same(where)[:, None].to(lacking.device)
         return lacking
 
     def add(self, where: torch.Tensor, served: torch.Tensor, plain: torch.Tensor) -> None:
@@ -129,7 +131,7 @@ class Both:
         """Of what experts get of all tokens that moments may see."""
         pieces = self.served.everywhere()
         leaves = (
-            measure((self._seen(pieces[number]) for number in leaf), self.width)
+            measure((self._seen(pieces[number]) for number in leaf), self.width, self.device)
             for leaf in self.dealt.by_leaf(pieces)
         )
         return self._of_all(leaves, lambda found: reduce(joined, found))

@@ -108,7 +108,8 @@ class Moments:
 
     def __init__(self, weight: torch.Tensor, lacking: bool, crossed: bool = True) -> None:
         """`lacking`: tokens tell what the output should make up for. `crossed`: B is wanted."""
-        self.weight = weight.to(factor_dtype())  # which a weight of the source is exact in
+        # a weight of the source is exact in that
+        self.weight = weight.to(factor_dtype(weight.device))
         self.lacking = lacking
         self.crossed = crossed
         self.sums: Sums | None = None  # until there are tokens
@@ -216,7 +217,7 @@ def _share(
     None when a half has no rows or its Hessian does not factor: it can judge nothing then.
     """
     outputs = halves[0].weight.shape[1]
-    columns = torch.arange(0, outputs, max(1, outputs // COLUMNS))
+    columns = torch.arange(0, outputs, max(1, outputs // COLUMNS), device=halves[0].weight.device)
     crosses = [half.wanted(columns) for half in halves]
     steps = []
     for half, cross in zip(halves, crosses, strict=True):

@@ -73,9 +73,9 @@ class Units:
         if self.writer is not None:
             self.writer.write(unit, tensors, memory)
 
-    def read_back(self, files: Iterable[str]) -> PartReader:
-        """What was written under these names."""
-        return PartReader(self.work, list(files))
+    def read_back(self, files: Iterable[str], device: torch.device) -> PartReader:
+        """What was written under these names, to be read to `device`."""
+        return PartReader(self.work, list(files), device)
 
     @property
     def first(self) -> CheckpointWriter:

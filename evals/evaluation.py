@@ -94,7 +94,8 @@ class Evaluation:
         served: torch.Tensor,
         targets: torch.Tensor,
     ) -> Window:
-        parts = [part.split(POSITIONS_AT_ONCE) for part in (plain[:-1], served[:-1], targets)]
+        there = targets.to(plain.device)
+        parts = [part.split(POSITIONS_AT_ONCE) for part in (plain[:-1], served[:-1], there)]
         return compared(
             (_scores(self.config, original, x), _scores(self.config, quantized, y), wanted)
             for x, y, wanted in zip(*parts, strict=True)
@@ -157,7 +158,9 @@ def compare(
             f"different sizes; compare a checkpoint with the one that it was made from"
         )
     evaluation = Evaluation(config, questions)
-    evaluation.start(original.embedding(), Spool())
+    embedding = original.embedding()
+    evaluation.start(embedding, Spool(device=embedding.device))
+    del embedding
 
     def both(index: int) -> tuple[DecoderLayer, DecoderLayer]:
         return original.layer(index), quantized.layer(index)

@@ -24,7 +24,7 @@ Window = tuple[torch.Tensor, ...]
 def compared(pieces: Iterable[Piece]) -> Window:
     """One window, in pieces of which only one need be in memory."""
     found = [_compared(*piece) for piece in pieces]
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    return tuple(torch.cat(parts).cpu() for parts in zip(*found, strict=True))
 
 
 class Likelihood:

@@ -225,7 +225,7 @@ def damage(scheme: Scheme, statistics: Tensors) -> str | None:
     for key, table in _tables().items():
         # As tolerant as QuantState.__eq__: the larger table is computed, in F32
         if statistics[key].shape != table.shape or not torch.allclose(
-            statistics[key], table, rtol=0, atol=1e-6
+            statistics[key].cpu(), table, rtol=0, atol=1e-6
         ):
             return f"has another {key}"
     return _state_damage(statistics)

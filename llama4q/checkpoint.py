@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .device import HOST, arrived
 from .errors import UserError
 from .stopping import stop_if_asked
 
@@ -56,12 +57,16 @@ class State:
 
 
 class Checkpoint:
-    """Tensors by name from the safetensors files of one folder; opening reads headers only."""
+    """Tensors by name from the safetensors files of one folder; opening reads headers only.
+
+    They come on `device`.
+    """
 
     infos: dict[str, TensorInfo]
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device = HOST) -> None:
         """Raises UserError when the index or a shard is missing, truncated or out of the folder."""
+        self.device = device
         index = _read_index(folder)
         self._open(folder, [SINGLE] if index is None else sorted(set(index.values())))
         if index is not None:
@@ -114,13 +119,14 @@ class Checkpoint:
         """
         info = self.infos[name]
         path = self.folder / info.shard
-        raw = torch.empty(info.dtype.itemsize * torch.Size(shape).numel(), dtype=torch.uint8)
+        size = info.dtype.itemsize * torch.Size(shape).numel()
+        raw = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         with _named_errors(path, name), path.open("rb", buffering=0) as file:
             read = _fill(memoryview(raw.numpy().data), file.fileno(), start)
             self._check_unchanged(info.shard, _state(file.fileno()))
             if read < raw.nbytes:
                 raise OSError(errno.EIO, f"{raw.nbytes - read} bytes are missing")
-        return raw.view(info.dtype).view(shape)
+        return arrived(raw.view(info.dtype).view(shape), self.device)
 
     def _check_unchanged(self, shard: str, now: State) -> None:
         then = self.states[shard]
@@ -225,7 +231,8 @@ def _named_errors(path: Path, name: str = "") -> Iterator[None]:
 class PartReader(Checkpoint):
     """The tensors of some shards of a work folder, read as a Checkpoint."""
 
-    def __init__(self, folder: Path, shards: list[str]) -> None:
+    def __init__(self, folder: Path, shards: list[str], device: torch.device = HOST) -> None:
+        self.device = device
         self._open(folder, shards)
 
 

@@ -1,5 +1,6 @@
-"""Several ranks by torch.distributed, over gloo: everything travels between the hosts' memories.
+"""Several ranks by torch.distributed, over gloo.
 
+Everything travels between the hosts' memories, and arrives on the kind of device that it came from.
 A rank may wait for days while another one solves; one that dies closes its connections, which the
 others notice at once. Knows nothing of what is sent.
 """
@@ -86,12 +87,13 @@ class Group(Ranks):
         sent = torch.tensor([len(part) for part in parts])
         arriving = torch.empty_like(sent)
         _talk(distributed.all_to_all_single, arriving, sent)
-        rows = torch.cat(list(parts))
+        given = torch.cat(list(parts))
+        rows = given.cpu()
         found = torch.empty(int(arriving.sum()), *rows.shape[1:], dtype=rows.dtype)
         row_bytes = rows.itemsize * rows.shape[1:].numel()
         sizes = [(counts * row_bytes).tolist() for counts in (arriving, sent)]
         _talk(distributed.all_to_all_single, _raw(found), _raw(rows), *sizes)
-        return list(found.split(arriving.tolist()))
+        return list(found.to(given.device).split(arriving.tolist()))
 
 
 def _broadcast(tensor: torch.Tensor) -> None:
@@ -120,7 +122,10 @@ def _arrived(receive: Callable[[torch.Tensor], object]) -> Any:
     value = unpickler.load()
     for tensor in unpickler.tensors:
         if tensor.numel():
-            receive(_raw(tensor))
+            raw = _raw(tensor)
+            receive(raw)
+            if tensor.device.type != "cpu":
+                tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
     return value
 
 
@@ -131,23 +136,23 @@ class _Pickler(pickle.Pickler):
         super().__init__(file)
         self.tensors: list[torch.Tensor] = []
 
-    def persistent_id(self, value: Any) -> tuple[torch.Size, torch.dtype] | None:
+    def persistent_id(self, value: Any) -> tuple[torch.Size, torch.dtype, str] | None:
         if not isinstance(value, torch.Tensor):
             return None
         self.tensors.append(value)
-        return value.shape, value.dtype
+        return value.shape, value.dtype, value.device.type
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes room for the tensors that were left out."""
+    """Makes room for the tensors that were left out, on a device as they were."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.tensors: list[torch.Tensor] = []
 
-    def persistent_load(self, described: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
-        shape, dtype = described
-        self.tensors.append(torch.empty(shape, dtype=dtype))
+    def persistent_load(self, described: tuple[torch.Size, torch.dtype, str]) -> torch.Tensor:
+        shape, dtype, device = described
+        self.tensors.append(torch.empty(shape, dtype=dtype, device=device))
         return self.tensors[-1]
 
 

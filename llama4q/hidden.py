@@ -1,9 +1,9 @@
 """Rows of many tokens that need not fit in memory: hidden states, and what lies between two passes.
 
-A Store holds batches of one width, in memory or in a file that has no name and goes with the
-process. A Spool decides which, by a budget of bytes: what is stored is the same either way. Files
-are read and written, not mapped, so that no page of them counts as the process's own memory. Knows
-nothing of models.
+A Store holds batches of one width: on the GPU, in memory, or in a file that has no name and goes
+with the process. A Spool decides which, by budgets of bytes: what is stored is the same, and comes
+to the device that computes, either way. Row numbers are the host's. Files are read and written, not
+mapped, so that no page of them counts as the process's own memory. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from .device import HOST
 from .errors import UserError
 
 Where = slice | torch.Tensor  # rows: neighbours, or by ascending number
@@ -42,7 +44,7 @@ class Store:
 
     def __getitem__(self, number: int) -> torch.Tensor:
         """A whole batch; to keep it while the store changes, clone it."""
-        return self._rows.read(self.slices()[number]).view(self.shapes[number])
+        return self.rows(self.slices()[number]).view(self.shapes[number])
 
     def __setitem__(self, number: int, batch: torch.Tensor) -> None:
         self._rows.write(self.slices()[number], batch.reshape(-1, batch.shape[-1]))
@@ -58,7 +60,7 @@ class Store:
 
     def rows(self, where: Where) -> torch.Tensor:
         """`[n, width]`; to keep them while the store changes, clone them."""
-        return self._rows.read(where)
+        return self._rows.read(where).to(self.spool.device)
 
     def put(self, where: Where, values: torch.Tensor) -> None:
         """Replace some rows by `[n, width]`."""
@@ -66,14 +68,31 @@ class Store:
 
     def add(self, where: Where, values: torch.Tensor) -> None:
         """Add `[n, width]` to some rows."""
-        self._rows.write(where, self._rows.read(where) + values)
+        self._rows.write(where, self.rows(where) + values)
+
+
+@dataclass
+class Room:
+    """Bytes that are left for rows in one memory."""
+
+    device: torch.device
+    left: float
 
 
 class Spool:
-    """Makes stores: in memory while `budget` bytes last, else in files in `folder`."""
+    """Makes stores for a `device`: there while `on_device` bytes last, then in memory while
+    `budget` bytes do, else in files in `folder`."""
 
-    def __init__(self, budget: float = float("inf"), folder: Path | None = None) -> None:
-        self.left = budget
+    def __init__(
+        self,
+        budget: float = float("inf"),
+        folder: Path | None = None,
+        device: torch.device = HOST,
+        on_device: float = 0,
+    ) -> None:
+        self.device = device
+        self.host = Room(HOST, budget)
+        self.rooms = (Room(device, on_device), self.host)
         self.folder = folder
         self.spilled = 0  # bytes that went to files, in all
 
@@ -82,9 +101,11 @@ class Spool:
         width = shapes[0][-1] if shapes else 0
         rows = sum(torch.Size(shape[:-1]).numel() for shape in shapes)
         size = rows * width * dtype.itemsize
-        if size <= self.left:
-            self.left -= size
-            return Store(shapes, dtype, InMemory(torch.empty(rows, width, dtype=dtype), self), self)
+        for room in self.rooms:
+            if size <= room.left:
+                room.left -= size
+                values = torch.empty(rows, width, dtype=dtype, device=room.device)
+                return Store(shapes, dtype, InMemory(values, room), self)
         self.spilled += size
         return Store(shapes, dtype, InFile(self._file(), width, dtype, self.folder), self)
 
@@ -110,20 +131,20 @@ class Rows(Protocol):
 
 
 class InMemory:
-    """Rows in one tensor; its bytes go back to the spool with it."""
+    """Rows in one tensor; its bytes go back to their room with it."""
 
-    def __init__(self, values: torch.Tensor, spool: Spool) -> None:
+    def __init__(self, values: torch.Tensor, room: Room) -> None:
         self.values = values
-        self.spool = spool
+        self.room = room
 
     def __del__(self) -> None:
-        self.spool.left += self.values.nbytes
+        self.room.left += self.values.nbytes
 
     def read(self, where: Where) -> torch.Tensor:
         return self.values[where]
 
     def write(self, where: Where, values: torch.Tensor) -> None:
-        self.values[where] = values
+        self.values[where] = values.to(self.values.device)
 
 
 class InFile:
@@ -155,7 +176,7 @@ class InFile:
         return found
 
     def write(self, where: Where, values: torch.Tensor) -> None:
-        raw, done = _raw(values.to(self.dtype).contiguous()), 0
+        raw, done = _raw(values.to(HOST, self.dtype).contiguous()), 0
         try:
             for run in _runs(where):
                 size = len(run) * self.row_bytes

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from .device import HOST
 from .errors import UserError
 from .memory import memory_bytes
 from .products import add_product
@@ -44,6 +45,7 @@ class Memory:
     """What a run may hold, in bytes."""
 
     rows: float = float("inf")  # of tokens: hidden states, and what lies between two passes
+    on_device: float = 0  # the same, on the GPU
     most: float = float("inf")  # resident, before freed memory goes back to the system
 
 
@@ -174,11 +176,9 @@ def _c_library() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if os.name == "posix" else None
 
 
-def device_memory() -> int | None:
-    """Free bytes of the GPU in use; None when there is none."""
-    if not torch.cuda.is_available():
-        return None
-    free, _ = torch.cuda.mem_get_info()
+def device_memory(device: torch.device) -> int:
+    """Free bytes of a GPU."""
+    free, _ = torch.cuda.mem_get_info(device)
     return int(free)
 
 
@@ -197,21 +197,20 @@ class Rates:
     write: float  # to disk
 
 
-def measure_rates(shard: Path, folder: Path, device: torch.device | None = None) -> Rates:
+def measure_rates(shard: Path, folder: Path, device: torch.device = HOST) -> Rates:
     """Takes about a second. Reads a piece of `shard` and writes one to `folder`, which is removed.
 
     Raises UserError when a file cannot be read or written.
     """
-    where = device or torch.device("cpu")
-    size = HOST_SIZE if where.type == "cpu" else DEVICE_SIZE
-    f32 = torch.rand(size, size, device=where)
+    size = HOST_SIZE if device == HOST else DEVICE_SIZE
+    f32 = torch.rand(size, size, device=device)
     bf16 = f32.to(torch.bfloat16)
     flops, total = 2 * size**3, torch.zeros_like(f32)
     return Rates(
-        f32=best_rate(lambda: f32 @ f32, flops, where),
-        bf16_factors=best_rate(lambda: add_product(total, bf16.T, bf16), flops, where),
-        bf16=best_rate(lambda: bf16 @ bf16, flops, where),
-        copy=_copy_rate(where),
+        f32=best_rate(lambda: f32 @ f32, flops, device),
+        bf16_factors=best_rate(lambda: add_product(total, bf16.T, bf16), flops, device),
+        bf16=best_rate(lambda: bf16 @ bf16, flops, device),
+        copy=_copy_rate(device),
         read=_read_rate(shard),
         write=_write_rate(folder),
     )

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import ModelConfig
 
@@ -167,10 +169,21 @@ def _chunked_attention(
 
 def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """`[S, T, H, head_dim]` each -> `[S, T, H * head_dim]`; the kernel builds no mask."""
-    mixed = functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-    )
+    with _fused(q.device):
+        mixed = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
     return mixed.transpose(1, 2).flatten(2)
+
+
+def _fused(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU the kernels that hold no `[T, T]` scores; where none fits, an error tells so.
+
+    The CPU's own choice is such a one for every shape that Llama 4 has.
+    """
+    if device.type == "cpu":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
 
 
 def temperature(config: ModelConfig, positions: torch.Tensor) -> torch.Tensor:

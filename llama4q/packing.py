@@ -21,7 +21,12 @@ StoredWeight = QuantizedWeight | BnbWeight
 
 
 def pack(name: str, weight: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of module `name` on disk, as (tensor name, tensor) pairs."""
+    """The tensors of module `name` on disk, as (tensor name, tensor) pairs, on the host."""
+    for key, tensor in _packed(name, weight):
+        yield key, tensor.cpu()
+
+
+def _packed(name: str, weight: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(weight, BnbWeight):
         yield from bnb.tensors(name, weight)
         return

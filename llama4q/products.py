@@ -19,8 +19,10 @@ ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # as CBLAS calls them
 
 
 @cache
-def factor_dtype() -> torch.dtype:
-    """Of the factors of products: BF16 where the processor has it, else F32."""
+def factor_dtype(device: torch.device) -> torch.dtype:
+    """Of the factors of products: BF16 where the processor has it, as every GPU, else F32."""
+    if device.type == "cuda":
+        return torch.bfloat16
     has_it = torch.backends.mkldnn.is_available() and (
         torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch itself asks; it has no other name
     )
@@ -46,7 +48,7 @@ def add_square(total: torch.Tensor, rows: torch.Tensor) -> None:
 
     `mirror` fills in the rest when all have been added: half of the work is saved.
     """
-    factor = rows.to(factor_dtype()).contiguous()
+    factor = _factor(rows).contiguous()
     for block in _blocks(len(total)):
         here = slice(block.start, None)
         _add(total[block, here], factor[:, block].T, factor[:, here])
@@ -58,6 +60,10 @@ def mirror(total: torch.Tensor) -> None:
         total[block.stop :, block] = total[block, block.stop :].T
         corner = total[block, block].triu()
         total[block, block] = corner + corner.triu(1).T
+
+
+def _factor(rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(factor_dtype(rows.device))
 
 
 def _blocks(size: int) -> list[slice]:
@@ -72,8 +78,14 @@ def _add(
     times: float = 1.0,
 ) -> None:
     """`keep` times the F32 `total`, and `times` the product."""
-    left, right = left.to(factor_dtype()), right.to(factor_dtype())
-    compiled = _bf16_product() if total.device.type == "cpu" else None
+    left, right = _factor(left), _factor(right)
+    if total.device.type == "cuda":
+        if not keep:
+            total.zero_()
+        # not in one: the addmm of some versions takes no F32 total with BF16 factors
+        total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=times)
+        return
+    compiled = _bf16_product()
     if compiled is None or left.dtype is not torch.bfloat16 or not left.numel():
         torch.addmm(total, left.float(), right.float(), beta=keep, alpha=times, out=total)
         return

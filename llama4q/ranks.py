@@ -25,6 +25,11 @@ class Ranks:
     neighbours = 1  # ranks on this machine, which share its memory; this one counts
 
     @property
+    def neighbour(self) -> int:
+        """Number of this process among the neighbours."""
+        return self.number % self.neighbours
+
+    @property
     def first(self) -> bool:
         """Whether this is the rank that writes and speaks."""
         return self.number == 0

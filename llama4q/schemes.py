@@ -13,6 +13,7 @@ import torch
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
+FLOAT8_MAX_BYTE = 0x7E
 NF4_BLOCK = 64
 
 
@@ -185,8 +186,7 @@ def _float8_neighbour(codes: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
     stored = codes.to(FLOAT8).view(torch.uint8).to(torch.int16)
     magnitude, negative = stored & 0x7F, stored >= 0x80
     signed = torch.where(negative, -magnitude, magnitude) + torch.where(above, 1, -1)
-    largest = torch.tensor(FLOAT8_MAX).to(FLOAT8).view(torch.uint8).to(torch.int16)
-    signed = signed.clamp(-largest, largest)
+    signed = signed.clamp(-FLOAT8_MAX_BYTE, FLOAT8_MAX_BYTE)
     found = torch.where(signed < 0, 0x80 - signed, signed).to(torch.uint8)
     return found.view(FLOAT8).float()
 

@@ -51,14 +51,14 @@ def embed(
 ) -> Store:
     """Token ids `[S, T]` -> hidden states `[S, T, D]`, split to TOKENS_AT_ONCE.
 
-    They lie in `spool`; without one, in memory.
+    They lie in `spool`; without one, in the host's memory, and come to the embedding's device.
 
     Raises UserError for a token that the vocabulary does not have.
     """
     for tokens in batches:
         check_tokens(embedding.shape[0], tokens)
     parts = [part for tokens in batches for part in split_rows(tokens)]
-    hidden = (spool or Spool()).store(
+    hidden = (spool or Spool(device=embedding.device)).store(
         [(*part.shape, embedding.shape[1]) for part in parts], embedding.dtype
     )
     for number, part in enumerate(parts):
@@ -117,10 +117,11 @@ class Passing:
         moe = self.layer.feed_forward
         if isinstance(moe, Mlp):
             return None
-        nothing = Routing(torch.empty(0, dtype=torch.int64), torch.empty(0, 1, dtype=self.dtype))
+        nothing = Routing(torch.empty(0, dtype=torch.int64), self.layer.post_norm.new_empty(0, 1))
         routed = [nothing, *(route(moe, self.inputs(piece)) for piece in self.everywhere())]
-        return Routing(
-            torch.cat([one.expert for one in routed]), torch.cat([one.score for one in routed])
+        return Routing(  # row numbers are the host's, as in hidden.py
+            torch.cat([one.expert.cpu() for one in routed]),
+            torch.cat([one.score for one in routed]),
         )
 
     def everywhere(self) -> list[slice]:

@@ -122,9 +122,9 @@ class CheckpointWriter:
         raw = json.loads((self.work / f"{unit}.json").read_bytes())
         return Unit(raw["files"], raw["memory"])
 
-    def read_back(self, files: Iterable[str]) -> PartReader:
-        """What was written under these names."""
-        return PartReader(self.work, list(files))
+    def read_back(self, files: Iterable[str], device: torch.device) -> PartReader:
+        """What was written under these names, to be read to `device`."""
+        return PartReader(self.work, list(files), device)
 
     def finishing(self, units: Iterable[str]) -> bool:
         """Whether a run was killed while finishing: all recorded, some shards under final names."""

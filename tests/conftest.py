@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is: no GPU is needed
 
 import signal
 from collections.abc import Iterator

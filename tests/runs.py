@@ -16,6 +16,7 @@ from evals.needle import NeedlePrompt
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
+from llama4q.device import HOST
 from llama4q.machine import UNBOUNDED, Memory
 from llama4q.model import logits
 from llama4q.recipe import Recipe, load_recipe
@@ -78,6 +79,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     asked: Questions | None = None,
     memory: Memory = UNBOUNDED,
+    device: torch.device = HOST,
 ) -> Mapping[str, Any]:
     """The report of a small run; the recipe may be a shipped one's name.
 
@@ -87,7 +89,7 @@ def run(
     drawn = tokens(source, 4, 96, seed=7) if calibration is None else calibration
     batches = (drawn,) if isinstance(drawn, torch.Tensor) else drawn
     digest = f"digest of {sum(int(batch.sum()) for batch in batches)}"
-    job = Job(source, destination, chosen, batches, digest, dtype)
+    job = Job(source, destination, chosen, batches, digest, dtype, device)
     evaluation = Evaluation(read_config(source), asked or questions(source))
 
     def report(outcome: Outcome) -> Mapping[str, Any]:

@@ -49,7 +49,7 @@ def test_division_against_lapack() -> None:
     diagonal = upper.diagonal()
     right = torch.randn(size, 24, generator=torch.Generator().manual_seed(1))
     unit = upper / diagonal[:, None]
-    found = divide(unit, unit.to(factor_dtype()), diagonal.square(), right).double()
+    found = divide(unit, unit.to(factor_dtype(unit.device)), diagonal.square(), right).double()
     expected = torch.linalg.solve(matrix.double(), right.double())
     error = found - expected
     share = (error * (matrix.double() @ error)).sum() / (

@@ -65,7 +65,7 @@ def test_codes_against_textbook_gptq(
     steps = scales.double().repeat_interleave(384 // scales.shape[0], dim=0)
     rounded = solve(weight, factor, scales, scheme).codes.double() * steps
     for module in ("calibrate.gptq", "llama4q.products"):
-        monkeypatch.setattr(f"{module}.factor_dtype", lambda: torch.float32)
+        monkeypatch.setattr(f"{module}.factor_dtype", lambda device: torch.float32)
     factor = factorize(hessian, 0.01, act_order)
     assert factor is not None
     ours = solve(weight, factor, scales, scheme).codes.double() * steps

@@ -65,12 +65,12 @@ def test_the_budget_is_kept_and_given_back(tmp_path: Path) -> None:
     """20 rows of 8 F32 values are 640 bytes."""
     spool = Spool(1000, tmp_path)
     first = spool.store(SHAPES, torch.float32)
-    assert (spool.left, spool.spilled) == (360, 0)
+    assert (spool.host.left, spool.spilled) == (360, 0)
     second = spool.store(SHAPES, torch.float32)
-    assert (spool.left, spool.spilled) == (360, 640)
+    assert (spool.host.left, spool.spilled) == (360, 640)
     del first
     third = spool.store(SHAPES, torch.float32)
-    assert (spool.left, spool.spilled) == (360, 640)
+    assert (spool.host.left, spool.spilled) == (360, 640)
     assert list(tmp_path.iterdir()) == []  # files have no name, so a kill leaves nothing
     del second, third
 

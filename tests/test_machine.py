@@ -24,6 +24,8 @@ from llama4q.machine import (
     resident_memory,
 )
 
+from .fake_gpu import FREE, fake_gpu
+
 GIB = 2**30
 V2 = ("memory.max", "memory.current", "")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
@@ -116,12 +118,9 @@ def test_here_it_is_below_what_the_machine_has() -> None:
     assert 0 < free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_without_a_gpu_there_is_no_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_memory() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * GIB, 80 * GIB))
-    assert device_memory() == 70 * GIB
+def test_device_memory_is_what_is_free() -> None:
+    with fake_gpu() as gpu:
+        assert device_memory(gpu) == FREE
 
 
 @pytest.mark.parametrize(

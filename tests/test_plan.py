@@ -35,6 +35,7 @@ from . import tiny
 from .test_inspect import MAVERICK, SCOUT
 
 GB = 10**9
+HERE = (Place.HOST, Place.COMPUTE)  # what the host holds where there is no GPU
 TEXTS = Texts(((128, 2048),), ((16, 2048),), ((10, 4096),))
 RATES = Rates(f32=2e11, bf16_factors=8e11, bf16=1.3e12, copy=2e10, read=1e9, write=3e8)
 SEARCHES = {Phase.FACTOR: 1e11, Phase.SCALES: 1e9, Phase.CODES: 5e7}
@@ -69,7 +70,7 @@ def test_a_large_budget_keeps_everything_in_memory() -> None:
     placement = plan.fits(budget)
     assert placement.fits
     assert placement.spilled == ()
-    stage, kept = plan.largest(*Place).nbytes(*Place), plan.kept(budget)
+    stage, kept = plan.largest(*HERE).nbytes(*HERE), plan.kept(budget)
     assert placement.host == stage + kept + sum(store.nbytes for store in plan.stores)
     assert kept == stage // 2
 
@@ -78,9 +79,13 @@ def test_rows_of_tokens_make_way_for_what_must_be_held() -> None:
     """And for freed memory that is kept; that makes way itself where there is no room at all."""
     plan = planned(SCOUT)
     stage = plan.held(Budget(0))
-    assert plan.spool_bytes(Budget(stage)) == plan.spool_bytes(Budget(stage + stage // 4)) == 0
-    assert plan.spool_bytes(Budget(stage + stage // 2 + 5)) == pytest.approx(5, abs=1)
-    assert plan.spool_bytes(Budget(stage - 7)) == -7
+
+    def room(host: int) -> int:
+        return plan.room(Budget(host)).host
+
+    assert room(stage) == room(stage + stage // 4) == 0
+    assert room(stage + stage // 2 + 5) == pytest.approx(5, abs=1)
+    assert room(stage - 7) == -7
 
 
 @pytest.mark.parametrize("gigabytes", range(16, 41, 3))
@@ -91,7 +96,7 @@ def test_no_budget_is_exceeded(config: dict[str, Any], gigabytes: int) -> None:
     placement = plan.fits(budget)
     assert placement.fits
     assert placement.host <= budget.host
-    left = plan.spool_bytes(budget)
+    left = plan.room(budget).host
     for store in plan.stores:
         assert (store in placement.spilled) == (store.nbytes > left)
         left -= 0 if store in placement.spilled else store.nbytes
@@ -112,7 +117,7 @@ def test_what_is_missing_is_told() -> None:
     plan = planned(SCOUT)
     placement = plan.fits(Budget(4 * GB))
     assert not placement.fits
-    assert placement.short == plan.largest(*Place).nbytes(*Place) - 4 * GB
+    assert placement.short == plan.largest(*HERE).nbytes(*HERE) - 4 * GB
     assert set(placement.spilled) == set(plan.stores)
     with_gpu = plan.fits(Budget(64 * GB, GB))
     assert with_gpu.short == 0
@@ -123,7 +128,8 @@ def test_a_gpu_takes_over_where_products_are() -> None:
     plan = planned(SCOUT)
     alone, helped = plan.fits(Budget(100 * GB)), plan.fits(Budget(100 * GB, 60 * GB))
     assert alone.device == 0
-    assert helped.device == plan.largest(Place.COMPUTE).nbytes(Place.COMPUTE)
+    there = sum(store.nbytes for store in helped.on_device)
+    assert helped.device == plan.largest(Place.COMPUTE).nbytes(Place.COMPUTE) + there
     assert helped.host < alone.host
 
 
@@ -163,7 +169,7 @@ def test_memory_does_not_grow_with_experts() -> None:
     def peak(experts: int) -> int:
         config = replace(parse_config(SCOUT, "scout"), num_experts=experts)
         plan = make_plan(config, load_recipe("int4"), TEXTS)
-        return plan.largest(*Place).nbytes(*Place)
+        return plan.largest(*HERE).nbytes(*HERE)
 
     assert peak(128) - peak(16) <= (48 * 4 + 2 * 2) * 5120 * 112
 

@@ -16,7 +16,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "without MKL":
         monkeypatch.setattr(products, "_bf16_product", lambda: None)
     if request.param == "without BF16":
-        monkeypatch.setattr(products, "factor_dtype", lambda: torch.float32)
+        monkeypatch.setattr(products, "factor_dtype", lambda device: torch.float32)
 
 
 def factor(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_factors_are_rounded_where_the_processor_has_bf16(monkeypatch: pytest.Mo
     def found() -> float:
         return float(product(left, right)[0, 0])
 
-    monkeypatch.setattr(products, "factor_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(products, "factor_dtype", lambda device: torch.bfloat16)
     assert found() == 1.0
-    monkeypatch.setattr(products, "factor_dtype", lambda: torch.float32)
+    monkeypatch.setattr(products, "factor_dtype", lambda device: torch.float32)
     assert found() == 1 + 2**-12
