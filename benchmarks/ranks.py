@@ -3,8 +3,8 @@
     python -m benchmarks.ranks SOURCE FOLDER [--ranks 1,2] [any option of `quantize`]
 
 Quantizes SOURCE into FOLDER/1, FOLDER/2, ... by torchrun, and prints a Markdown table of wall
-times, start and reading of the text included, after a check that all have written the same bytes.
-SOURCE is best made by benchmarks/make_giant.
+times, start and reading of the text included, and of the time that all processors spent, after a
+check that all have written the same bytes. SOURCE is best made by benchmarks/make_giant.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ def command(ranks: int) -> list[str]:
     return [*torchrun, f"--nproc-per-node={ranks}", *alone]
 
 
-def seconds(ranks: int, source: Path, folder: Path, options: tuple[str, ...]) -> float:
-    """Wall time of one run."""
-    began = time.perf_counter()
+def seconds(
+    ranks: int, source: Path, folder: Path, options: tuple[str, ...]
+) -> tuple[float, float]:
+    """Wall time of one run, and time of processors."""
+    began, before = time.perf_counter(), os.times()
     subprocess.run(
         [*command(ranks), "quantize", str(source), str(folder), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True,
     )  # fmt: skip
-    return time.perf_counter() - began
+    after = os.times()
+    spent = [now - then for now, then in zip(after[2:4], before[2:4], strict=True)]
+    return time.perf_counter() - began, sum(spent)
 
 
 def written(folder: Path) -> dict[str, str]:
@@ -57,9 +61,9 @@ def main(source: Path, folder: Path, ranks: str, options: tuple[str, ...]) -> No
     for count in counts[1:]:
         if written(folder / f"{count}") != written(folder / f"{first}"):
             raise SystemExit(f"{count} ranks have written other bytes than {first}")
-    click.echo(f"| ranks | seconds | times as fast as {first} |\n|---|---|---|")
-    for count, spent in taken.items():
-        click.echo(f"| {count} | {spent:.1f} | {taken[first] / spent:.2f} |")
+    click.echo(f"| ranks | seconds | times as fast as {first} | processors |\n|---|---|---|---|")
+    for count, (wall, spent) in taken.items():
+        click.echo(f"| {count} | {wall:.1f} | {taken[first][0] / wall:.2f} | {spent:.1f} |")
 
 
 if __name__ == "__main__":
