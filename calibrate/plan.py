@@ -41,8 +41,8 @@ KEPT = 0.5  # of what is held: 8.4 GB grew to 11.7 when nothing went back (Scout
 UNCOUNTED = 50 * 10**6  # bytes beyond a budget: gaps of the allocator; 17 MB in tests/budgets.py
 NOMINAL = 1e12  # amounts a second: cancels out between units that are alike
 # Times the floor that runs take, for elementwise work and products that are small: a layer of
-# Scout's shapes on 16 x 2,048 tokens took 1.2 times its floor on two idle cores, 2.1 on busy ones.
-OVERHEAD = 1.5
+# Scout's shapes on 128 x 2,048 tokens took 1.67 times its floor on two idle cores.
+OVERHEAD = 1.7
 SEARCHED = (8 * BLOCK, OUTPUTS_AT_ONCE)  # the piece of a weight on which both searches are timed
 FACTORED = 4096  # rows; fewer take twice as long for what they are, 5,120 hardly less
 
