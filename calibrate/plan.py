@@ -38,7 +38,7 @@ from .work import (
 
 FULL = 0.95  # of a budget: freed memory goes back to the system
 KEPT = 0.5  # of what is held: 8.4 GB grew to 11.7 when nothing went back (Scout's shapes)
-UNCOUNTED = 50 * 10**6  # bytes beyond a budget: gaps of the allocator; 17 MB in tests/budgets.py
+UNCOUNTED = 10**8  # bytes beyond a budget: gaps of the allocator; 17 to 65 MB in tests/budgets.py
 NOMINAL = 1e12  # amounts a second: cancels out between units that are alike
 # Times the floor that runs take, for elementwise work and products that are small: a layer of
 # Scout's shapes on 128 x 2,048 tokens took 1.67 times its floor on two idle cores.

@@ -1,4 +1,4 @@
-"""Quantizes two layers of the pocket model under many budgets, and says what each run took.
+"""Quantizes one layer of the pocket model under many budgets, and says what each run took.
 
 `python -m tests.budgets FOLDER COUNT` prints JSON for tests/test_budget.py to judge. A process of
 its own, so that what is resident is the run's.
@@ -26,7 +26,7 @@ from llama4q.writer import CheckpointWriter
 
 from . import runs
 
-LAYERS, SEQUENCES, LENGTH = 2, 96, 512  # rows of 49,000 tokens are what budgets are about
+LAYERS, SEQUENCES, LENGTH = 1, 176, 512  # rows of 90,000 tokens are what budgets are about
 
 
 @dataclasses.dataclass(frozen=True)
