@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,9 +155,7 @@ class InFile:
         self.file, self.folder = file, folder
         self.width, self.dtype = width, dtype
         self.row_bytes = width * dtype.itemsize
-
-    def __del__(self) -> None:
-        self.file.close()
+        weakref.finalize(self, file.close)  # before the file itself, in whatever order both go
 
     def read(self, where: Where) -> torch.Tensor:
         runs = _runs(where)
