@@ -249,6 +249,7 @@ def quantize(
     from calibrate.run import quantize as run
     from evals.evaluation import Evaluation
     from evals.report import render
+    from llama4q import products
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.device import use_device
@@ -323,6 +324,7 @@ def quantize(
                 "coverage": coverage(chosen, config, outcome.layers),
             },
             "kernel": description(chosen.solver.beams, where),
+            "products": products.description(where),
             "dtype": dtype,
             "units": UNITS,
             "layers": outcome.layers,

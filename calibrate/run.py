@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from llama4q import __version__
+from llama4q import __version__, products
 from llama4q.checkpoint import Checkpoint, fingerprint
 from llama4q.config import ModelConfig, read_config
 from llama4q.device import HOST
@@ -60,7 +60,7 @@ class Job:
     tokens: tuple[torch.Tensor, ...]  # calibration tokens [S, T], one for each length
     digest: str  # of the tokens
     dtype: torch.dtype  # of activations and products
-    device: torch.device = HOST  # where they are; bytes depend on it as on any processor
+    device: torch.device = HOST  # where they are
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ class Run:
             "recipe": recipe,
             "calibration tokens": self.job.digest,
             "dtype": str(self.job.dtype).removeprefix("torch."),
+            "device": self.job.device.type,
             "evaluation": self.observer.key,
         }
 
@@ -168,6 +169,7 @@ class Run:
         self.progress.start(groups_in(self.config, self.job.recipe))
         if solver.method is Method.GPTQ:
             self.progress.phase(f"inner loops: {description(solver.beams, device)}")
+            self.progress.phase(f"large products: {products.description(device)}")
         self.router_views = views(original)
         embedding = original.embedding()
         dealt = deal(self.job.tokens, self.ranks)

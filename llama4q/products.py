@@ -29,6 +29,17 @@ def factor_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_it else torch.float32
 
 
+def description(device: torch.device) -> str:
+    """How products are made on a device, for a report."""
+    if factor_dtype(device) is torch.float32:
+        return "F32, as the processor multiplies no BF16"
+    if device.type == "cuda":
+        return "BF16 factors, F32 sums"
+    if _bf16_product() is None:
+        return "BF16 factors in F32 products, as PyTorch is built without MKL"
+    return "BF16 factors, F32 sums by MKL"
+
+
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`[N, I] @ [I, O]` in F32."""
     total = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
@@ -104,15 +115,15 @@ def _add(
 
 def _form(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The matrix by rows, and whether that is its transpose."""
-    if matrix.stride(1) != 1 and matrix.stride(0) == 1:
-        return matrix.T, TRANSPOSED
-    return (matrix if matrix.stride(1) == 1 else matrix.contiguous()), PLAIN
+    for taken, form in ((matrix, PLAIN), (matrix.T, TRANSPOSED)):
+        if taken.stride(1) == 1 and taken.stride(0) >= taken.shape[1]:
+            return taken, form
+    return matrix.contiguous(), PLAIN
 
 
 def _matrix(matrix: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int]:
     """As CBLAS takes one: where it is, and how far its rows are apart."""
-    apart = max(matrix.stride(0), matrix.shape[1], 1)
-    return ctypes.c_void_p(matrix.data_ptr()), ctypes.c_int(apart)
+    return ctypes.c_void_p(matrix.data_ptr()), ctypes.c_int(matrix.stride(0))
 
 
 @cache

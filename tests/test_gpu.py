@@ -42,6 +42,7 @@ from . import runs, test_lookahead, tiny
 from .fake_gpu import GPU, OnGpu, fake_gpu
 from .test_inspect import SCOUT
 from .test_plan import GB, planned
+from .test_resume import StopAt, Stopped
 
 ROOMS = {"on the GPU": (0, 1e9), "in memory": (1e9, 0), "in files": (0, 0), "some": (2e5, 2e5)}
 
@@ -169,6 +170,18 @@ def test_several_beams_find_the_same_codes(scheme: Scheme, gpu: torch.device) ->
     there = Rows(*(getattr(block, field.name).to(gpu) for field in fields(block)))
     found = solve_block(there.target, there, scheme, beams=3)
     assert torch.equal(found.cpu(), solve_block(block.target, block, scheme, beams=3))
+
+
+def test_another_device_does_not_go_on(tmp_path: Path) -> None:
+    """What one has written the other would not write."""
+    source = tiny.write(tmp_path / "source", replace(tiny.VARIANTS["scout"], experts=2))
+    with pytest.raises(Stopped):
+        runs.run(source, tmp_path / "out", small("int4"), progress=StopAt(2))
+    with (
+        fake_gpu() as gpu,
+        pytest.raises(UserError, match=r'another device is here \("cpu" then, "cuda" now\)'),
+    ):
+        runs.run(source, tmp_path / "out", small("int4"), device=gpu)
 
 
 @pytest.mark.usefixtures("alike")

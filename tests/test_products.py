@@ -61,6 +61,23 @@ def test_few_rows(rows: int) -> None:
     assert close(total, left.double().T @ factor(rows, 5, 5).double())
 
 
+def test_rows_that_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanded, they take no room, and MKL cannot walk over them."""
+    monkeypatch.setattr(products, "factor_dtype", lambda device: torch.bfloat16)
+    right = factor(8, 5, 6)
+    for left in (factor(1, 8, 7).expand(4, 8), factor(8, 1, 7).expand(8, 4).T):
+        assert close(product(left, right), left.double() @ right.double())
+
+
+def test_a_report_says_how_products_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = torch.device("cpu")
+    monkeypatch.setattr(products, "factor_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(products, "_bf16_product", lambda: None)
+    assert "without MKL" in products.description(here)
+    monkeypatch.setattr(products, "factor_dtype", lambda device: torch.float32)
+    assert "multiplies no BF16" in products.description(here)
+
+
 def test_factors_are_rounded_where_the_processor_has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = torch.full((4, 4), 1 + 2**-12), torch.eye(4)
 
