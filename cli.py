@@ -14,7 +14,7 @@ import click
 
 from llama4q import __version__
 from llama4q.errors import UserError
-from llama4q.ranks import Ranks, join, speaker
+from llama4q.ranks import Ranks, join, leave_at_once, speaker
 from llama4q.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -54,6 +54,13 @@ UNITS = {
 class Commands(click.Group):
     """Shows a user's mistake as one line with exit code 1, and a signal with what a shell expects;
     anything else keeps its traceback."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        try:
+            return super().main(*args, **more)
+        except SystemExit as end:
+            leave_at_once(end)
+            raise
 
     def invoke(self, context: click.Context) -> Any:
         try:

@@ -8,6 +8,7 @@ nor of how it travels (group.py).
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -79,6 +80,19 @@ def speaker() -> str:
     """How a line of this process begins: "rank 3: " beside others, nothing of the first rank."""
     number = _number("RANK", 0)
     return f"rank {number}: " if number and _number("WORLD_SIZE", 1) > 1 else ""
+
+
+def leave_at_once(end: SystemExit) -> None:
+    """Ends the process as `end` says if it is one of several, else returns.
+
+    torch.distributed keeps gloo's threads beyond `destroy_process_group`. One that lets go of a
+    tensor while Python is taken apart aborts the process, whose run torchrun then calls failed.
+    """
+    if _number("WORLD_SIZE", 1) == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else end.code is not None)
 
 
 def _number(variable: str, default: int) -> int:

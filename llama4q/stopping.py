@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2
+SOON = 0.01  # seconds
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
@@ -41,7 +43,8 @@ def stoppable() -> Iterator[None]:
     _asked = None
     _handle(_on_signal)
     try:
-        yield
+        with _raised_again():
+            yield
     except KeyboardInterrupt:  # hf_xet, which fetches large files, has a handler of its own
         raise Stopped(signal.SIGINT) from None
     finally:
@@ -78,6 +81,30 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(STDERR, said)  # not print, which this may be in the middle of
     stop_if_asked()
+
+
+@contextlib.contextmanager
+def _raised_again() -> Iterator[None]:
+    """`Stopped` a moment later where Python lets nothing out, as in a finalizer."""
+    before = sys.unraisablehook
+    repeats: list[threading.Timer] = []
+    main = threading.get_ident()
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Stopped):
+            before(lost)
+            return
+        _handle(_on_signal)
+        repeats.append(threading.Timer(SOON, signal.pthread_kill, [main, lost.exc_value.signal]))
+        repeats[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for repeat in repeats:
+            repeat.cancel()
 
 
 def _handle(handler: Handler) -> None:

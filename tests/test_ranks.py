@@ -275,3 +275,12 @@ def test_ranks_with_other_programs_or_files_are_refused() -> None:
     with pytest.raises(UserError, match=r"rank 1 on .* has another llama4q than rank 0 \(0\.0\.1"):
         check_alike(Mixed(0, 2), key)
     check_alike(Numbered(0, 1), key)
+
+
+def test_python_is_not_taken_apart_beside_gloo() -> None:
+    """Its threads abort the process then, now and again: a rank's process ends before that."""
+    program = "import atexit, os; atexit.register(os.abort); import cli; cli.main(['--version'])"
+    several = {**ENVIRONMENT, "WORLD_SIZE": "2", "RANK": "1"}
+    run = subprocess.run([sys.executable, "-c", program], env=several, capture_output=True)
+    assert run.returncode == 0
+    assert run.stdout.startswith(b"llama4q")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,6 +140,20 @@ def test_sections_in_sections_end_with_the_outer_one() -> None:
 
     stopped(work)
     assert reached == ["the end of the inner one"]
+
+
+def test_a_signal_in_a_finalizer_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python lets no exception out of one, and prints it."""
+
+    class Held:
+        pass
+
+    def work() -> None:
+        weakref.finalize(Held(), signal.raise_signal, signal.SIGTERM)  # at once
+        time.sleep(60)
+
+    assert stopped(work).signal == signal.SIGTERM
+    assert capfd.readouterr().err == ""
 
 
 def test_a_mistake_while_finishing_is_told_and_not_the_signal() -> None:
