@@ -13,6 +13,8 @@ SOURCE is best made by benchmarks/make_giant.py.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +32,7 @@ from llama4q.writer import WORK
 
 RUN = "import cli; cli.main()"
 POLL = 0.2  # seconds
+BLOCK = 4096  # bytes, of ext4
 SPARE = 2 * 10**9  # bytes of the image beyond those of the source
 
 
@@ -49,12 +52,15 @@ def attempt(command: list[str], log: Path, due: Callable[[], bool] | None) -> At
     with log.open("ab") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file)
         killed = False
-        while process.poll() is None:
-            peak = max(peak, resident_peak(process.pid))
-            if due is not None and due() and not killed:
-                process.kill()
-                killed = True
-            time.sleep(POLL)
+        try:
+            while process.poll() is None:
+                peak = max(peak, resident_peak(process.pid))
+                if due is not None and due() and not killed:
+                    process.kill()
+                    killed = True
+                time.sleep(POLL)
+        finally:
+            process.kill()
     lines = log.read_text(errors="replace").strip().splitlines()
     said = "" if killed else next((line for line in reversed(lines) if line.strip()), "")
     ended = "killed" if killed else f"exit {process.returncode}"
@@ -80,17 +86,21 @@ def disk(image: Path, folder: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
         image.unlink()
 
 
 def fill(folder: Path) -> Path:
-    """A file that takes what is left of a disk."""
+    """A file that takes what is left of a disk, but for less than a block of its own records."""
     filler = folder / "filler"
-    available = subprocess.run(
-        ["df", "--output=avail", "-B1", str(folder)], check=True, capture_output=True, text=True
-    ).stdout.split()[1]
-    subprocess.run(["fallocate", "-l", available, str(filler)], check=True)
+    with filler.open("wb") as file:
+        end, size = 0, shutil.disk_usage(folder).free
+        while size >= BLOCK:
+            try:
+                os.posix_fallocate(file.fileno(), end, size)
+                end += size
+            except OSError:
+                size //= 2
     return filler
 
 

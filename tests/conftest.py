@@ -13,6 +13,12 @@ import pytest
 from llama4q.stopping import stoppable
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Also where a shell runs the tests in the background, and has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def signals_restored() -> Iterator[None]:
     """For a test that sends signals to itself: Ctrl-C stops pytest afterwards as before."""
