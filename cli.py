@@ -132,23 +132,36 @@ def evaluation_options(command: Command) -> Command:
                 "every token is scored with more before it.  [default: no overlap]",
             ),
             click.option(
-                "--needle-lengths",
+                "--tasks",
+                default="needle",
+                show_default=True,
+                help="Retrieval tasks: needle, RULER's by name, or ruler for all of them.",
+            ),
+            click.option(
+                "--lengths",
                 default="1024,4096",
                 show_default=True,
-                help="Lengths of the needle prompts in tokens; '' for none.",
+                help="Lengths of the prompts in tokens, as 4k,8k or 4k..1M by doubling; '' for "
+                "none.",
             ),
             click.option(
-                "--needle-depths",
+                "--depths",
                 default="0,0.25,0.5,0.75,1",
                 show_default=True,
-                help="Where the needles stand; 0 is the start of the prompt, 1 its end.",
+                help="Where that stands which is asked for; 0 is the text's start, 1 its end.",
             ),
             click.option(
-                "--needles",
+                "--prompts",
                 default=2,
                 show_default=True,
                 type=click.IntRange(1),
-                help="Prompts for each length and depth.",
+                help="For each task, length and depth.",
+            ),
+            click.option(
+                "--qa",
+                metavar="FILE",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help="A JSON file in SQuAD form, for the task qa.",
             ),
             click.option(
                 "--dtype",
@@ -302,7 +315,7 @@ def quantize(
             samples=settings.samples * settings.candidates, length=settings.length,
             seed=settings.seed,
         )  # fmt: skip
-        questions = _questions(tokenizer, **measured_on)
+        questions = _questions(tokenizer, config, **measured_on)
         texts = _texts(drawn, questions)
         plan = plan_for(Checkpoint(original.folder), config, chosen, texts, ranks.count)
         return chosen, original, config, folder, drawn, questions, plan
@@ -473,7 +486,7 @@ def evaluate(
 ) -> None:
     """Compare the checkpoint QUANTIZED with the original, layer by layer in one pass.
 
-    Perplexity of both, divergence, routing agreement and needle retrieval, on the same tokens.
+    Perplexity of both, divergence, routing agreement and retrieval, on the same tokens.
     Neither model is ever in memory as a whole.
     """
     from tqdm import tqdm
@@ -496,7 +509,7 @@ def evaluate(
         LayerReader(Checkpoint(side.folder, where), config, DTYPES[dtype])
         for side, config in zip((original, other), configs, strict=True)
     ]
-    questions = _questions(load_tokenizer(original.folder), **measured_on)
+    questions = _questions(load_tokenizer(original.folder), configs[0], **measured_on)
     layers = readers[0].config.num_layers
     with tqdm(total=layers, unit="layer", dynamic_ncols=True, disable=None) as bar:
         evidence = compare(readers[0], readers[1], questions, bar.update)
@@ -581,33 +594,31 @@ def check(report: Path, baseline: Path | None, as_json: bool, **limits: Any) -> 
 
 def _questions(
     tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
     eval_text: str | None,
     eval_windows: int,
     eval_length: int,
     eval_stride: int | None,
-    needle_lengths: str,
-    needle_depths: str,
-    needles: int,
+    tasks: str,
+    lengths: str,
+    depths: str,
+    prompts: int,
+    qa: Path | None,
 ) -> Questions:
     """What both models are measured on, from the evaluation options."""
-    from evals.questions import Needles, ask
+    from evals.answering import read_documents
+    from evals.evaluation import refuse_long
+    from evals.questions import ask
+    from evals.tasks import Ladder, parse_depths, parse_lengths, parse_tasks
 
-    try:
-        wanted = Needles(
-            [int(length) for length in _listed(needle_lengths)],
-            [float(depth) for depth in _listed(needle_depths)],
-            needles,
-        )
-    except ValueError:
-        raise UserError(
-            f"--needle-lengths {needle_lengths!r} --needle-depths {needle_depths!r}: "
-            f"give numbers with commas between, as 1024,4096"
-        ) from None
-    return ask(tokenizer, eval_text, eval_windows, eval_length, wanted, eval_stride)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    ladder = Ladder(
+        parse_lengths(lengths), parse_depths(depths), prompts, parse_tasks(tasks, qa is not None)
+    )
+    refuse_long(config, [eval_length, *ladder.lengths])  # before they are made
+    return ask(
+        tokenizer, eval_text, eval_windows, eval_length, ladder, eval_stride,
+        config.chunk_size, read_documents(qa) if qa else None,
+    )  # fmt: skip
 
 
 def _fit(config: ModelConfig, gpu: str) -> Callable[[int], dict[str, Any]]:

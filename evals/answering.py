@@ -123,7 +123,9 @@ def _documents(parsed: Mapping[str, Any]) -> Documents:
         for paragraph, number in zip(article["paragraphs"], own, strict=True):
             near = tuple(other for other in dict.fromkeys(own) if other != number)
             questions += [
-                Question(asked["question"].strip(), asked["answers"][0]["text"].strip(), number, near)
+                Question(
+                    asked["question"].strip(), asked["answers"][0]["text"].strip(), number, near
+                )
                 for asked in paragraph["qas"]
                 if asked["answers"] and not asked.get("is_impossible")
             ]

@@ -124,7 +124,9 @@ def _common_frame(material: Material, example: Sequence[int], common: Sequence[s
 def _numbered(listed: Sequence[str]) -> list[str]:
     """Pieces of a numbered list: ` 1.`, ` word`, ` 2.`, ` word`."""
     return [
-        piece for number, word in enumerate(listed, start=1) for piece in (f" {number}.", f" {word}")
+        piece
+        for number, word in enumerate(listed, start=1)
+        for piece in (f" {number}.", f" {word}")
     ]
 
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 from .prompt import Tokens
 
-NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """RULER's sentences that say nothing."""
 
 _SENTENCE_ENDS = ("word.", "word\n", "word.\n", "word.\n\n")

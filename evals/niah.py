@@ -81,6 +81,11 @@ class Niah:
     values: int = 1  # of each key
     queries: int = 1
 
+    @property
+    def has_depth(self) -> bool:
+        """Whether a single value is asked for, so that it can be somewhere."""
+        return self.values * self.queries == 1
+
     def prompt(self, material: Material, cell: Cell, chance: random.Random) -> Prompt:
         """One prompt; raises UserError when its needles do not fit into the length."""
         keys = _different(self.keys, self.key, chance)
@@ -158,9 +163,7 @@ def _different(count: int, kind: Kind, chance: random.Random) -> list[str]:
     return list(drawn)
 
 
-def _across(
-    at: int, ahead: int, size: int, chunk: int, length: int, chance: random.Random
-) -> int:
+def _across(at: int, ahead: int, size: int, chunk: int, length: int, chance: random.Random) -> int:
     """A place near `at` where `size` tokens lie on both sides of a chunk's border; `at` itself
     where there is none near. `ahead` tokens of the prompt stand before place 0."""
     border = round((ahead + at) / chunk) * chunk

@@ -67,7 +67,7 @@ def prompts(material: Material, ladder: Ladder) -> list[Prompt]:
     outside = [depth for depth in ladder.depths if not 0 <= depth <= 1]
     if outside:
         raise UserError(f"depth {outside[0]} is outside of 0 to 1; give shares of the text")
-    if not material.text:
+    if ladder.lengths and not material.text:
         raise UserError("the text to hide needles in has 0 tokens; name another text")
     return [
         TASKS[task].prompt(
