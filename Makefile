@@ -27,7 +27,7 @@ demo: $(READY)
 	rm -rf demo-out
 	$(BIN)/llama4q inspect pocket
 	$(BIN)/llama4q quantize pocket demo-out/pocket-int4 --recipe int4 --length 1024 \
-		--eval-windows 32 --eval-length 1024 --needle-lengths 512,1024,2048 --needles 4
+		--eval-windows 32 --eval-length 1024 --lengths 512,1024,2048 --prompts 4
 	$(BIN)/llama4q fit demo-out/pocket-int4 --gpu h100-80gb
 	$(BIN)/llama4q check demo-out/pocket-int4/report.json
 

@@ -7,7 +7,7 @@ how the figures came about; a report is the dictionary that report.json holds.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .gate import Report, Verdict
@@ -133,14 +133,27 @@ def _routing_rows(layers: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _retrieval_rows(retrieval: Mapping[str, Any]) -> list[Row]:
+    """Exact answers in all, by task where there are several, and by length."""
     if retrieval.get("original") is None or retrieval.get("quantized") is None:
         return []
     label = f"retrieval, exact match ({_count(retrieval.get('prompts'))} prompts)"
-    rows = [_shares(label, retrieval["original"], retrieval["quantized"])]
-    cells = retrieval.get("cells") or []
+    rows = [_shares(label, retrieval)]
+    interval = _part(retrieval, "difference")
+    if interval.get("low") is not None:
+        shown = f"{100 * interval['low']:+.1f} to {100 * interval['high']:+.1f} points"
+        rows.append(("  95 % interval of the difference", "", "", shown))
+    tasks = retrieval.get("tasks") or []
+    for task in tasks:
+        if len(tasks) > 1:
+            rows.append(_shares(f"  {task['task']}", task))
+        if recall := task.get("recall"):
+            rows.append(_shares(f"  {task['task']}, recall", recall))
+    cells = [cell for task in tasks for cell in task["cells"]]
     for length in sorted({cell["length"] for cell in cells}):
         at_length = [cell for cell in cells if cell["length"] == length]
-        rows.append(_shares(f"  at {length:,} tokens", *_pooled(at_length)))
+        original, quantized = _pooled(at_length)
+        pooled = {"original": original, "quantized": quantized}
+        rows.append(_shares(f"  at {length:,} tokens", pooled))
     return rows
 
 
@@ -154,7 +167,8 @@ def _pooled(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return original, quantized
 
 
-def _shares(label: str, original: float, quantized: float) -> Row:
+def _shares(label: str, found: Mapping[str, Any]) -> Row:
+    original, quantized = found["original"], found["quantized"]
     points = 100 * (quantized - original)
     return label, _percent(original, 1), _percent(quantized, 1), f"{points:+.1f} points"
 
@@ -169,19 +183,24 @@ def _size_rows(report: Report) -> list[Row]:
 
 
 def _depths(report: Report) -> str:
-    """Exact match by depth (rows) and length (columns)."""
-    cells = _part(report, "evidence", "retrieval").get("cells") or []
-    depths = sorted({cell["depth"] for cell in cells})
-    if len(depths) < 2:
-        return ""
+    """Exact match by depth (rows) and length (columns), a table for each task that has depths."""
+    tables = []
+    for task in _part(report, "evidence", "retrieval").get("tasks") or []:
+        cells = [cell for cell in task["cells"] if cell["depth"] is not None]
+        depths = sorted({cell["depth"] for cell in cells})
+        if len(depths) > 1:
+            tables += [f"{task['task']} in % by depth and length in tokens, original → quantized"]
+            tables += _depth_tables(cells, depths)
+    return "\n".join(tables)
+
+
+def _depth_tables(cells: Sequence[Mapping[str, Any]], depths: Sequence[float]) -> Iterator[str]:
     lengths = sorted({cell["length"] for cell in cells})
-    tables = ["retrieval in % by depth of the needle and length in tokens, original → quantized"]
     for start in range(0, len(lengths), LENGTHS_PER_TABLE):
         shown = lengths[start : start + LENGTHS_PER_TABLE]
         rows = [("depth", *(f"{length:,}" for length in shown))]
         rows += [(_percent(depth, 0), *_depth_cells(cells, depth, shown)) for depth in depths]
-        tables.append(_table(rows))
-    return "\n".join(tables)
+        yield _table(rows)
 
 
 def _depth_cells(

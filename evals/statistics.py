@@ -95,4 +95,4 @@ def mcnemar(lost: int, gained: int) -> float:
     """
     count = lost + gained
     tail = sum(math.comb(count, number) for number in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    return min(1.0, 2 * tail / (1 << count))

@@ -306,7 +306,7 @@ def test_every_command(tmp_path: Path) -> None:
     source, folder = tiny.write(tmp_path / "source", variant), tmp_path / "out"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET_MODEL / name, source)
-    measured = "--eval-windows 2 --eval-length 64 --needle-lengths 80 --json"
+    measured = "--eval-windows 2 --eval-length 64 --lengths 80 --json"
     for command in (
         f"quantize {source} {folder} --recipe bnb-nf4 --samples 1 --length 64 {measured}",
         f"eval {folder} --against {source} {measured} --out {tmp_path / 'eval.json'}",

@@ -132,7 +132,8 @@ def test_quantize_reports(source: Path, output: Path, report: dict[str, Any]) ->
     assert [sum(layer["expert_tokens"]) for layer in report["layers"]] == [4 * 64, 4 * 64]
     assert set(report["files"]) == {path.name for path in output.glob("*.safetensors")}
     assert report["evidence"]["likelihood"]["tokens"] == 2 * 63
-    assert [cell["length"] for cell in report["evidence"]["retrieval"]["cells"]] == [128]
+    [task] = report["evidence"]["retrieval"]["tasks"]
+    assert [cell["length"] for cell in task["cells"]] == [128]
     assert Checkpoint(output).names()
 
 
@@ -240,9 +241,9 @@ def test_options_change_what_is_written(
         (["--eval-windows", "3"], "likelihood"),
         (["--eval-length", "65"], "likelihood"),
         (["--eval-text", "own.txt"], "likelihood"),
-        (["--needle-lengths", "130"], "retrieval"),
-        (["--needle-depths", "0.1,0.9"], "retrieval"),
-        (["--needles", "2"], "retrieval"),
+        (["--lengths", "130"], "retrieval"),
+        (["--depths", "0.1,0.9"], "retrieval"),
+        (["--prompts", "2"], "retrieval"),
     ],
 )
 def test_options_change_what_is_measured(

@@ -143,7 +143,7 @@ def test_guide_lists_the_keys_of_a_report(tmp_path: Path) -> None:
         shutil.copy(POCKET_MODEL / name, source)
     command = (
         f"quantize {source} {destination} --samples 1 --length 64 "
-        "--eval-windows 1 --eval-length 64 --needle-lengths 80"
+        "--eval-windows 1 --eval-length 64 --lengths 80"
     )
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output

@@ -36,7 +36,7 @@ COMMAND = (sys.executable, "-c", "import cli; cli.main()", "quantize")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 OPTIONS = (
     "--samples", "12", "--length", "128", "--eval-windows", "5", "--eval-length", "128",
-    "--needle-lengths", "256", "--needle-depths", "0.5", "--needles", "2",  # two batches in all
+    "--lengths", "256", "--depths", "0.5", "--prompts", "2",  # two batches in all
 )  # fmt: skip
 RECIPE = """
 name = "all"
