@@ -104,12 +104,15 @@ def read_documents(path: Path) -> Documents:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); name one in SQuAD form") from None
     try:
-        return _documents(parsed)
+        found = _documents(parsed)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
             f"{path}: not in SQuAD form ({type(error).__name__}: {error}); give "
             f"data[].paragraphs[] with context and qas[] with question and answers[].text"
         ) from None
+    if not found.questions:
+        raise UserError(f"{path}: no question with an answer in it; name another data set")
+    return found
 
 
 def _documents(parsed: Mapping[str, Any]) -> Documents:

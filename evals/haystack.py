@@ -17,6 +17,8 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 _SENTENCE_ENDS = ("word.", "word\n", "word.\n", "word.\n\n")
 _REACH = 32
 """How many tokens a thing may move from its exact place to stand behind a sentence."""
+_SHIFT = 256
+"""The same for a text that moves instead, which costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,15 @@ class Haystack:
 
     def stretch_with_end_at(self, chance: random.Random, count: int, at: int) -> list[int]:
         """`count` tokens from somewhere, chosen so that a sentence begins at `at`."""
-        text = self.stretch(chance.randrange(len(self.tokens)), count + 2 * _REACH)
-        shift = self.sentence_near(text, at + _REACH) - at
+        text = self.stretch(chance.randrange(len(self.tokens)), count + 2 * _SHIFT)
+        shift = self.sentence_near(text, at + _SHIFT, _SHIFT) - at
         return text[shift : shift + count]
 
-    def sentence_near(self, text: Tokens, exact: int) -> int:
+    def sentence_near(self, text: Tokens, exact: int, reach: int = _REACH) -> int:
         """The place behind a sentence of `text` that is nearest; both its ends stay exact."""
         if exact in (0, len(text)):
             return exact
-        for distance in range(min(_REACH, len(text)) + 1):
+        for distance in range(min(reach, len(text)) + 1):
             for at in (exact - distance, exact + distance):
                 if 0 < at < len(text) and text[at - 1] in self.ends:
                     return at
