@@ -25,6 +25,7 @@ from llama4q.recipe import shipped_recipes
 from . import tiny
 from .test_bad_input import QUICK, VARIANT, with_tokenizer
 from .test_gate import GOOD
+from .test_ruler import squad
 
 ROOT = Path(__file__).parent.parent
 MEASURED = QUICK[4:]  # what eval takes of it
@@ -244,6 +245,8 @@ def test_options_change_what_is_written(
         (["--lengths", "130"], "retrieval"),
         (["--depths", "0.1,0.9"], "retrieval"),
         (["--prompts", "2"], "retrieval"),
+        (["--tasks", "niah_single_1,niah_multikey_1", "--lengths", "512"], "retrieval"),
+        (["--tasks", "qa", "--qa", "squad.json", "--lengths", "256"], "retrieval"),
     ],
 )
 def test_options_change_what_is_measured(
@@ -257,6 +260,7 @@ def test_options_change_what_is_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.txt").write_text("One two three four five six seven. " * 200)
+    (tmp_path / "squad.json").write_text(json.dumps(squad(4, 4)))
     evidence = parsed("eval", output, "--against", source, *MEASURED, *options)["evidence"]
     assert evidence[key]["digest"] != report["evidence"][key]["digest"]
 
