@@ -53,7 +53,7 @@ def ask(
     documents: Documents | None = None,
 ) -> Questions:
     """`windows` of `length` tokens from a text source, `stride` tokens apart, and prompts with its
-    tokens as haystack, as many of them as the windows or the longest prompt have.
+    tokens as haystack, as many of them as the windows have, or twice the longest prompt.
 
     `chunk` is how many tokens local layers attend to, `documents` are for question answering.
     Raises UserError when the text cannot be read or is too little, or a prompt is impossible.
@@ -74,7 +74,8 @@ def ask(
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    count = max([windows * (length - 1), *ladder.lengths])
+    # twice the longest prompt, so that those of its length do not all hide in the same text
+    count = max([windows * (length - 1), *(2 * longest for longest in ladder.lengths)])
     opening = opening_tokens(source, tokenizer, count) if ladder.lengths else []
     material = Material(encode, decode, tokenizer.bos_token_id, opening, chunk, documents)
     return Questions(

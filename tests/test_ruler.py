@@ -18,6 +18,7 @@ import pytest
 from evals.answering import read_documents
 from evals.counting import FEWEST_WORDS, frequencies
 from evals.prompt import Material, Prompt
+from evals.questions import ask
 from evals.tasks import TASKS, Ladder, parse_depths, parse_lengths, parse_tasks, prompts
 from llama4q.errors import UserError
 from llama4q.hub import POCKET_MODEL
@@ -427,6 +428,19 @@ def test_a_data_set_that_is_too_small(material: Material) -> None:
 
 
 # The pocket model's tokenizer
+
+
+def test_prompts_longer_than_the_windows_hide_in_more_of_the_text() -> None:
+    """And know where chunks of the model's attention end."""
+    tokenizer = load_tokenizer(POCKET_MODEL)
+    ladder = Ladder([4_096], [0.5], 2, ["niah_single_2"])
+    found = ask(tokenizer, None, 1, 64, ladder, chunk=512)
+    text = tokenizer.decode(found.prompts[0].tokens)
+    sentences = re.findall(r"[A-Z][^.]{40,200}\.", text)
+    assert len(set(sentences)) == len(sentences) > 10, Counter(sentences).most_common(3)
+    without = ask(tokenizer, None, 1, 64, ladder)
+    assert without.prompts[0] == found.prompts[0]
+    assert without.prompts[1] != found.prompts[1]
 
 
 @pytest.mark.parametrize("task", [name for name in RULER if name != "qa"])
