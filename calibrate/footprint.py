@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from llama4q.config import ModelConfig
+from llama4q.model import POSITIONS_TOGETHER
 from llama4q.recipe import Method, Recipe
 from llama4q.schemes import Scheme
 from llama4q.stream import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
@@ -169,10 +170,18 @@ def _layer(config: ModelConfig, index: int) -> int:
 
 def _attention(config: ModelConfig, shapes: Sequence[Shape]) -> Piece:
     """One call: 18 bytes a value of the stream, in BF16 and once in F32 for the norm; 24 for each
-    of queries and outputs, rotated in F32, and of keys and values, repeated for all heads."""
-    rows = max(length * max(1, TOKENS_AT_ONCE // length) for _, length in shapes)
-    heads = config.num_heads * config.head_dim
-    return Piece("workspace of the forward", rows * (18 * config.hidden_size + 24 * heads))
+    of queries and outputs, rotated in F32, and of keys and values, repeated for all heads.
+
+    Of what is longer than one piece, all keys and values, outputs and sums, each joined once."""
+    heads, pairs = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    longest = max(length for _, length in shapes)
+    rows = max(
+        min(length, POSITIONS_TOGETHER) * max(1, TOKENS_AT_ONCE // length) for _, length in shapes
+    )
+    nbytes = rows * (18 * config.hidden_size + 24 * heads)
+    if longest > POSITIONS_TOGETHER:
+        nbytes += 2 * ROW * longest * (pairs + heads + 2 * config.hidden_size)
+    return Piece("workspace of the forward", nbytes)
 
 
 def _solving(
