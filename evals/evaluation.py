@@ -195,8 +195,11 @@ def compare(
     quantized: LayerReader,
     questions: Questions,
     layer_done: Callable[[], None],
+    spool: Spool | None = None,
 ) -> dict[str, Any]:
     """The evidence for any two checkpoints of one architecture, streamed beside each other.
+
+    Hidden states lie in `spool`; without one, in memory.
 
     Raises UserError when the two are not of the same sizes.
     """
@@ -213,7 +216,7 @@ def compare(
         )
     evaluation = Evaluation(config, questions)
     embedding = original.embedding()
-    evaluation.start(embedding, Spool(device=embedding.device))
+    evaluation.start(embedding, spool or Spool(device=embedding.device))
     del embedding
 
     def both(index: int) -> tuple[DecoderLayer, DecoderLayer]:
