@@ -11,6 +11,7 @@ tokens, seconds of the predictions, and the peak of resident memory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import subprocess
@@ -49,7 +50,7 @@ def measured() -> None:
     compare(readers[0], readers[1], questions, lambda: moments.append(time.perf_counter()), spool)
     moments.append(time.perf_counter())
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    taken = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    taken = [after - before for before, after in itertools.pairwise(moments)]
     print(json.dumps({"seconds": taken, "peak": peak, "spilled": spool.spilled}))
 
 
