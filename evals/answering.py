@@ -38,7 +38,7 @@ QUESTION = f"{INSTRUCTION}\n\nQuestion: {{question}} Answer:"
 
 
 def qa(material: Material, cell: Cell, chance: random.Random) -> Prompt:
-    """One prompt; raises UserError when its document is too long for it, or all are too short."""
+    """One prompt; raises UserError when one of the documents is too long, or all are too few."""
     assert material.documents is not None
     assert cell.depth is not None
     texts = material.documents.texts
@@ -51,7 +51,8 @@ def qa(material: Material, cell: Cell, chance: random.Random) -> Prompt:
     )
     asked = _document(material, texts[question.document])
     title = len(_title(material, 1)) + len(_title(material, 2))
-    room = frame.room(cell.length, len(asked) + title)
+    longest = max(len(_document(material, text)) for text in texts)
+    room = frame.room(cell.length, longest + title)
     others: list[list[int]] = []
     taken = len(_title(material, 1)) + len(asked)
     for number in _others(len(texts), question, chance):

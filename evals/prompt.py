@@ -18,7 +18,8 @@ Tokens = Sequence[int]
 Span = tuple[int, int]  # first token, and the one behind the last
 
 _ROUND = 64
-"""Lengths that would do are named in multiples of this: another prompt may need a few more."""
+"""Lengths that would do are named in multiples of this, and a sixteenth longer: other prompts of
+the task need a few tokens more than the one at hand."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Frame:
         """Tokens that are left for the context. Raises UserError for fewer than `least`."""
         fixed = len(self.before) + len(self.behind) + len(self.answer.tokens)
         if length < fixed + least:
-            enough = -(-(fixed + least) // _ROUND) * _ROUND
+            enough = -(-(fixed + least) * 17 // 16 // _ROUND) * _ROUND
             raise UserError(
                 f"{self.task}: {length} tokens are too few for its prompt; "
                 f"give lengths of {enough} or more"
