@@ -109,11 +109,7 @@ class Niah:
         hay = self._haystack(material, room, asked, chance)
         text = hay.stretch_with_end_at(chance, room, at)
         near = [hay.sentence_near(text, round(needle.depth * room)) for needle in needles]
-        places = [
-            *(min(place, at) for place in near[:number]),
-            at,
-            *(max(place, at) for place in near[number + 1 :]),
-        ]
+        places = _in_order(near[:number], at, near[number + 1 :])
         context = woven(text, zip(places, statements, strict=True))
         return frame.around(context, cell.depth)
 
@@ -161,6 +157,11 @@ def _different(count: int, kind: Kind, chance: random.Random) -> list[str]:
     while len(drawn) < count:
         drawn[kind.draw(chance)] = None
     return list(drawn)
+
+
+def _in_order(before: Sequence[int], at: int, behind: Sequence[int]) -> list[int]:
+    """Ascending places around `at`, which may have moved past some of them."""
+    return [*(min(place, at) for place in before), at, *(max(place, at) for place in behind)]
 
 
 def _across(at: int, ahead: int, size: int, chunk: int, length: int, chance: random.Random) -> int:

@@ -6,6 +6,8 @@ pocket model's own.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -322,6 +324,56 @@ def test_documents_answer_the_question(material: Material) -> None:
         assert shown == pytest.approx(prompt.depth, abs=0.6 / (last - 2))
         near = re.findall(rf"In town {town} street", context)
         assert len(near) in (5, 6)  # all of the article, but one that the cut may have hit
+
+
+# Another reading of the same definitions
+
+
+def harness(file: str, name: str) -> Any:
+    """A constant of lm-evaluation-harness's port of RULER, read from its source."""
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or found.origin is None:
+        pytest.skip("lm-evaluation-harness is not installed")
+    source = (Path(found.origin).parent / "tasks/ruler" / file).read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"no {name} in {file}")
+
+
+@pytest.mark.parametrize(
+    ("task", "file"),
+    [
+        ("vt", "vt_utils.py"),
+        ("cwe", "cwe_utils.py"),
+        ("fwe", "fwe_utils.py"),
+        ("qa", "qa_utils.py"),
+    ],
+)
+def test_the_wording_against_the_harness(task: str, file: str, material: Material) -> None:
+    text, _ = parts(one(material, task))
+    found = harness(file, "CONFIG")
+    found = found.get("variable_tracking", found)
+    before, behind = found["template"].split("{context}")
+    query = re.findall(r"assigned the value (\d+)|Question: (How .*\?) Answer:", text)
+    blanks = {"query": "".join(query[-1]) if query else "", "num_v": 5}
+    told = f"{behind.format(**blanks)} {found['answer_prefix'].format(**blanks).strip()}"
+    assert text.endswith(told)
+    assert text.startswith(before.rstrip(" "))
+    assert text.count(before.rstrip(" ")) == (2 if task in ("vt", "cwe") else 1)  # an example
+
+
+@pytest.mark.parametrize("task", ["niah_multivalue", "niah_multiquery"])
+def test_the_wording_of_needles_against_the_harness(task: str, material: Material) -> None:
+    text, _ = parts(one(material, task))
+    keys = re.findall(r"numbers for (.+?) mentioned", text)[-1]
+    before, behind = harness("niah_utils.py", "TEMPLATE").split("{context}")
+    assert text.startswith(before.format(type_needle_v="numbers"))
+    assert behind.format(type_needle_v="numbers", query=keys) in text
+    needle = harness("prepare_niah.py", "NEEDLE").format(
+        type_needle_v="numbers", key=keys.split(",")[0], value=""
+    )
+    assert needle.rstrip(".") in text
 
 
 # Where needles stand
