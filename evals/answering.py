@@ -66,9 +66,10 @@ def qa(material: Material, cell: Cell, chance: random.Random) -> Prompt:
             f"{cell.length:,}; give shorter lengths or a larger data set"
         )
     # The last one is one too many: it stands first, where the cut falls, and is never asked about.
-    others = [others[-1], *others[:-1]]
-    at = 1 + round(cell.depth * (len(others) - 1))
-    ordered = [*others[:at], asked, *others[at:]]
+    cut = others.pop()
+    chance.shuffle(others)
+    at = round(cell.depth * len(others))
+    ordered = [cut, *others[:at], asked, *others[at:]]
     titled = ((_title(material, number), one) for number, one in enumerate(ordered, start=1))
     context = list(itertools.chain(*itertools.chain(*titled)))
     return frame.around(context[-room:], cell.depth)
