@@ -98,6 +98,7 @@ def main() -> None:
     llama4q quantize SOURCE DEST        write a quantized checkpoint with its evidence
     llama4q fit DEST --gpu h100-80gb    will it fit, and up to which context
     llama4q eval DEST --against SOURCE  measure the loss of any checkpoint
+    llama4q lm-eval --model llama4q ... lm-evaluation-harness on a streamed checkpoint
     llama4q check DEST/report.json      a verdict for CI: exit code 0 or 1
 
     SOURCE is a folder, a Hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct[@revision], or
@@ -533,17 +534,13 @@ def evaluate(
     click.echo(_json(report) if as_json else render(report))
 
 
-@main.command(
-    "lm-eval",
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def harness(arguments: tuple[str, ...]) -> None:
     """The command line of lm-evaluation-harness, with the model `llama4q` in it.
 
     Log-likelihood tasks on a checkpoint of any size, streamed from its files. Needs the extra
-    [harness].
+    [harness]. Its own help: llama4q lm-eval -- --help
 
     \b
     llama4q lm-eval --model llama4q --model_args pretrained=scout-int4 --tasks arc_challenge
