@@ -1,0 +1,150 @@
+"""What did not go the usual way, and what made the report: enough to make it again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..figures import count, number, part, percent, size
+from ..gate import Report
+from .element import Child, Markup, element
+from .section import Section, said, section
+from .table import Row, behind, table
+
+LISTED = 200  # rescues in the page; a report may have thousands
+
+
+def rescues(report: Report) -> Section | None:
+    """Rescues by kind and tensor, and the warning of coverage; None for a report without either."""
+    found = report.get("rescues")
+    warning = part(report, "calibration", "coverage").get("warning")
+    if found is None and warning is None:
+        return None
+    return section(
+        "Rescues and warnings",
+        element("p", warning, class_="warning") if warning else None,
+        _rescued(found or []) if found else said("No weight needed a rescue."),
+    )
+
+
+def _rescued(found: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    kinds = Counter(str(rescue.get("kind")) for rescue in found)
+    told = ", ".join(f"{count(held)} × {kind}" for kind, held in kinds.most_common())
+    rows = [
+        (str(rescue.get("tensor")), rescue.get("kind"), rescue.get("detail"))
+        for rescue in found[:LISTED]
+    ]
+    more = len(found) - LISTED
+    return [
+        said(f"Weights that did not go the usual way: {told}."),
+        behind(
+            table("Rescues by tensor", ("tensor", "kind", "detail"), rows, "words sortable"),
+            f"Which weights ({count(len(found))})",
+        ),
+        *([said(f"{count(more)} more are in report.json.")] if more > 0 else []),
+    ]
+
+
+def provenance(report: Report) -> Section:
+    """What was read, with which settings, versions, seeds and digests."""
+    facts = [(name, value) for name, value in _facts(report) if value]
+    files = part(report, "files")
+    return section(
+        "Provenance",
+        element(
+            "dl",
+            [
+                element("div", element("dt", name), element("dd", value))
+                for name, value in facts
+            ],
+            class_="facts",
+        ),
+        behind(
+            table("SHA-256 of the shards", ("file", "SHA-256"), _digests(files), "words"),
+            f"SHA-256 of {count(len(files))} shards",
+        )
+        if files
+        else None,
+    )
+
+
+def _digests(files: Mapping[str, str]) -> list[Row]:
+    return [(name, element("code", digest)) for name, digest in files.items()]
+
+
+def _facts(report: Report) -> Iterable[tuple[str, Child]]:
+    calibration = part(report, "calibration")
+    likelihood = part(report, "evidence", "likelihood")
+    retrieval = part(report, "evidence", "retrieval")
+    verified = part(report, "verified")
+    yield "original", _checkpoint(part(report, "source"))
+    yield "quantized", _checkpoint(part(report, "quantized"))
+    yield "recipe", _recipe(part(report, "recipe"))
+    yield "calibration", drawn(calibration) if calibration else None
+    yield "calibration digest", _code(calibration.get("digest"))
+    yield "evaluation text", _text(likelihood) if likelihood else None
+    yield "evaluation digest", _code(likelihood.get("digest"))
+    yield "retrieval", _asked(retrieval) if retrieval else None
+    yield "retrieval digest", _code(retrieval.get("digest"))
+    yield "arithmetic", report.get("dtype")
+    yield "solver", report.get("kernel")
+    yield "products", report.get("products")
+    yield "verified", _verified(verified) if verified else None
+    seconds = part(report, "seconds").get("total")
+    yield "time", None if seconds is None else f"{number(seconds)} s for the layers"
+    yield "versions", ", ".join(f"{name} {v}" for name, v in part(report, "versions").items())
+    yield "llama4q", report.get("llama4q")
+    yield "created", report.get("created")
+    yield "command", _code(report.get("command"))
+
+
+def _code(text: str | None) -> Markup | None:
+    return element("code", text) if text else None
+
+
+def _checkpoint(side: Mapping[str, Any]) -> str | None:
+    if not side.get("name"):
+        return None
+    revision = f" at {side['revision']}" if side.get("revision") else ""
+    nbytes = f", {size(side['bytes'])}" if side.get("bytes") else ""
+    return f"{side['name']}{revision}{nbytes}"
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str | None:
+    if not recipe:
+        return None
+    schemes = ", ".join(f"{name} {scheme}" for name, scheme in part(recipe, "schemes").items())
+    return f"{recipe.get('name')}: {schemes.replace('_', ' ')}"
+
+
+def drawn(calibration: Mapping[str, Any]) -> str:
+    """Which calibration tokens: a text and its samples, or those of each text of a mix."""
+    parts = calibration.get("mix") or [calibration]
+    texts = [
+        f"{text.get('source')}"
+        + (f" {percent(text['share'], 0)}" if len(parts) > 1 else "")
+        + f", {count(text.get('samples'))} samples of {count(text.get('length'))} tokens"
+        for text in parts
+    ]
+    return "; ".join([*texts, f"seed {calibration.get('seed')}"])
+
+
+def _text(likelihood: Mapping[str, Any]) -> str:
+    name = f"{likelihood['text']}, " if likelihood.get("text") else ""
+    stride = f", stride {count(likelihood['stride'])}" if likelihood.get("stride") else ""
+    return (
+        f"{name}{count(likelihood.get('tokens'))} tokens in {count(likelihood.get('windows'))} "
+        f"windows{stride}"
+    )
+
+
+def _asked(retrieval: Mapping[str, Any]) -> str:
+    return f"{count(retrieval.get('prompts'))} prompts, seed {retrieval.get('seed')}"
+
+
+def _verified(verified: Mapping[str, Any]) -> str:
+    return (
+        f"{count(verified.get('tensors'))} tensors, {count(verified.get('scales'))} scales, "
+        f"{count(verified.get('untouched'))} tensors bit for bit the original's"
+    )
