@@ -11,7 +11,7 @@ from .axis import Axis, logarithmic
 from .element import Markup, element, joined
 from .plots import Mark, histogram
 from .section import Section, figure, judged, said, section
-from .table import Row, behind, table
+from .table import Cell, Row, behind, table
 
 SHOWN = 5  # of the worst passages; the others are folded away
 QUANTILES = {
@@ -54,20 +54,20 @@ def _figures(likelihood: Mapping[str, Any]) -> Markup:
         rows.append(
             (
                 "perplexity",
-                _uncertain(before),
-                _uncertain(after),
                 f"{signed(100 * increase, 2)} %",
                 _ends(interval, lambda end: f"{signed(100 * end, 2)} %"),
-                judged(interval, more_is_better=False),
+                Cell(judged(interval, more_is_better=False), "note"),
+                _uncertain(before),
+                _uncertain(after),
             )
         )
     if before.get("bits_per_byte") is not None:
         sides = [side.get("bits_per_byte") for side in (before, after)]
-        rows.append(("bits per byte", *(number(side, 4) for side in sides), None, None, None))
+        rows.append(("bits per byte", None, None, None, *(number(side, 4) for side in sides)))
     for key, name in QUANTILES.items():
         if likelihood.get(key) is not None:
             interval = _ends(intervals.get(key), number)
-            rows.append((f"KL, {name}", None, None, number(likelihood[key]), interval, None))
+            rows.append((f"KL, {name}", number(likelihood[key]), interval, None, None, None))
     for key, name in {
         "top1_agreement": "same first choice",
         "top5_agreement": "same first five",
@@ -75,8 +75,8 @@ def _figures(likelihood: Mapping[str, Any]) -> Markup:
         if likelihood.get(key) is not None:
             share = percent(likelihood[key], 2)
             interval = _ends(intervals.get(key), lambda end: percent(end, 2))
-            rows.append((name, None, None, share, interval, None))
-    header = ("figure", "original", "quantized", "difference", "95 % interval", "")
+            rows.append((name, share, interval, None, None, None))
+    header = ("figure", "difference", "95 % interval", "", "original", "quantized")
     return table("Predictions of both models", header, rows)
 
 
@@ -97,7 +97,7 @@ def _histogram(likelihood: Mapping[str, Any]) -> Markup | None:
         return None
     bins = _within(edges, counts)
     x = Axis(bins[0][0], bins[-1][1], log=True)
-    y = Axis(0.8, logarithmic([1.0, *counts]).high, log=True)
+    y = Axis(0.8, 10 * logarithmic([1.0, *counts]).high, log=True)  # room for the marks' names
     marks = [
         Mark(f"{QUANTILES[key]} {number(likelihood[key], 2)}", likelihood[key])
         for key in FLAGGED

@@ -16,7 +16,7 @@ from .colours import (
     difference_class,
     difference_level,
 )
-from .element import Markup
+from .element import Markup, element
 from .plots import grid, scale
 from .section import Section, figure, said, section
 from .table import Cell, behind, table
@@ -51,7 +51,7 @@ def experts(report: Report) -> Section | None:
             "of the layer."
         ),
         legend,
-        parts,
+        element("div", parts, class_="pairs"),
     )
 
 
@@ -99,6 +99,7 @@ def _coverage(tokens: Tokens, coverage: Mapping[str, Any]) -> Markup | None:
 def _load(title: str, tokens: Tokens) -> Markup:
     return figure(
         title,
+        said(f"{_extremes(tokens)}."),
         _grid(tokens, _shares(tokens), _amount, f"{title}: {_extremes(tokens)}"),
         behind(
             _table(

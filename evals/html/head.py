@@ -56,7 +56,8 @@ def _fits(report: Report) -> str:
     if "fits" not in fit:
         return ""
     answer = "Fits" if fit["fits"] else "Does not fit"
-    return f"{answer} one {fit.get('device')} with a context of {count(fit.get('context'))} tokens."
+    device = str(fit.get("device")).upper()
+    return f"{answer} one {device} with a context of {count(fit.get('context'))} tokens."
 
 
 def _verdict(verdict: Verdict) -> Markup:

@@ -145,10 +145,10 @@ def _weights(records: Sequence[Record]) -> Markup | None:
 def kind_of(name: str) -> str:
     """A weight's part of its layer, the same for all experts: "experts gate_up"."""
     within = re.sub(r"^.*layers\.\d+\.", "", name)
-    path = re.sub(r"\.\d+(?=\.)", "", within).removesuffix("_proj")
-    return path.removeprefix("feed_forward.").replace("shared_expert", "shared expert").replace(
-        ".", " "
-    )
+    path = re.sub(r"\.\d+(?=\.)", "", within).removesuffix("_proj").split(".")
+    if path[0] == "feed_forward":
+        path = path[1:] if len(path) > 2 else ["dense", *path[1:]]
+    return " ".join(path).replace("shared_expert", "shared expert")
 
 
 def _kind(name: str, by_layer: Mapping[int, Sequence[Record]], y: Axis) -> Markup:

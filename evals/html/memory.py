@@ -74,7 +74,7 @@ def _fit(fit: Mapping[str, Any], quantized: Mapping[str, Any]) -> Markup | None:
     told = "; ".join(f"{name} {size(amount)}" for name, (amount, _) in shown.items())
     rows = [(name, size(amount), percent(amount / usable, 1)) for name, (amount, _) in shown.items()]
     return figure(
-        f"Fit on one {fit.get('device')}",
+        f"Fit on one {str(fit.get('device')).upper()}",
         said(
             f"{answer}.",
             f" The largest context is {count(largest)} tokens." if largest else None,

@@ -48,7 +48,7 @@ def retrieval(report: Report) -> Section | None:
     )
 
 
-_HEADER = ("task", "prompts", "original", "quantized", "difference", "95 % interval", "p", "")
+_HEADER = ("task", "original", "quantized", "difference", "95 % interval", "", "p", "prompts")
 
 
 def _with_total(found: Mapping[str, Any], tasks: Cells) -> Cells:
@@ -64,13 +64,13 @@ def _task(task: Mapping[str, Any]) -> Row:
         shown = " to ".join(signed(100 * end, 1) for end in interval)
     return (
         task["task"],
-        count(task.get("prompts")),
         percent(task["original"], 1),
         percent(task["quantized"], 1),
         None if value is None else signed(100 * value, 1),
         shown,
+        Cell(judged(interval, more_is_better=True), "note"),
         None if chance is None else number(chance, 2),
-        judged(interval, more_is_better=True),
+        count(task.get("prompts")),
     )
 
 
@@ -104,7 +104,7 @@ def _heat(title: str, cells: Cells, key: str, named: Callable[[Any], str]) -> Ma
             caption,
             header,
             [(named(row), *(shown(found[row, column]) for column in lengths)) for row in rows],
-            "heat",
+            "heat" if key == "depth" else "heat named",
         )
         for caption, shown in (
             ("original", _share_of(0)),
