@@ -6,7 +6,7 @@ Knows nothing of terminals or pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MINUS = "−"
@@ -19,6 +19,47 @@ def part(report: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     for key in keys:
         found = found.get(key) or {}
     return found
+
+
+def pooled(cells: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """The original's and the quantized model's share over all prompts of cells; None without."""
+    held = [cell for cell in cells if cell.get("prompts")]
+    prompts = sum(cell["prompts"] for cell in held)
+    if not prompts:
+        return None
+    original, quantized = (
+        sum(cell[side] * cell["prompts"] for cell in held) / prompts
+        for side in ("original", "quantized")
+    )
+    return original, quantized
+
+
+def ends(difference: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of a paired difference."""
+    low, high = difference.get("low"), difference.get("high")
+    return None if low is None or high is None else (low, high)
+
+
+def drawn(calibration: Mapping[str, Any]) -> str:
+    """Which calibration tokens: a text and its samples, or those of each text of a mix."""
+    parts = calibration.get("mix") or [calibration]
+    texts = [
+        f"{text.get('source')}"
+        + (f" {percent(text['share'], 0)}" if len(parts) > 1 else "")
+        + f", {count(text.get('samples'))} samples of {count(text.get('length'))} tokens"
+        for text in parts
+    ]
+    return "; ".join([*texts, f"seed {calibration.get('seed')}"])
+
+
+def measured(likelihood: Mapping[str, Any]) -> str:
+    """Which tokens both models read."""
+    name = f"{likelihood['text']}, " if likelihood.get("text") else ""
+    stride = f", stride {count(likelihood['stride'])}" if likelihood.get("stride") else ""
+    return (
+        f"{name}{count(likelihood.get('tokens'))} tokens in {count(likelihood.get('windows'))} "
+        f"windows{stride}"
+    )
 
 
 def count(value: int | None) -> str:

@@ -1,6 +1,7 @@
 """A headless Chromium that pages are opened in, over its own debugging pipe; no library needed.
 
-The protocol is Chromium's: JSON messages that end with a zero byte, from file descriptor 3 and to 4.
+The protocol is Chromium's: JSON messages that end with a zero byte, read from file descriptor 3
+and written to 4.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
-    "google-chrome"
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -6,8 +6,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-
-
 TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
     "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
@@ -154,15 +152,15 @@ def _layers(
     for layer in range(layers):
         error *= 1.045 * chance.uniform(0.98, 1.04)
         dense = not experts or (dense_every and layer % dense_every == 0)
-        load = None if dense else _loads(chance, experts, 32736)
+        load: list[int] | None = None if dense else _loads(chance, experts, 32736)
         found.append(
             {
                 "layer": layer,
                 "hidden_error": error,
                 "agreement": None if dense else 1 - 0.04 * layer / layers * chance.uniform(0.7, 1),
                 "load_original": load,
-                "load_quantized": load
-                and [max(0, round(held * chance.uniform(0.96, 1.04))) for held in load],
+                "load_quantized": [round(held * chance.uniform(0.96, 1.04)) for held in load or []]
+                or None,
             }
         )
     return found
@@ -188,7 +186,7 @@ def _retrieval(
     found = []
     for hard, task in enumerate(tasks):
         places: list[float | None] = [at / max(1, depths - 1) for at in range(depths)]
-        cells = []
+        cells: list[dict[str, Any]] = []
         for at in range(lengths):
             for depth in places if task not in ("cwe", "fwe", "vt") else [None]:
                 right = max(0.0, 1 - 0.004 * hard * at - 0.005 * at * chance.random())
@@ -201,8 +199,7 @@ def _retrieval(
                     }
                 )  # fmt: skip
         before, after = (
-            sum(float(cell[side] or 0) for cell in cells) / len(cells)
-            for side in ("original", "quantized")
+            sum(cell[side] for cell in cells) / len(cells) for side in ("original", "quantized")
         )
         found.append(
             {
@@ -242,5 +239,3 @@ def _weights(chance: random.Random, layer: int, experts: int) -> dict[str, Any]:
         "hidden_error": 0.001,
         "groups": groups,
     }
-
-

@@ -70,7 +70,7 @@ def _figures(likelihood: Mapping[str, Any]) -> Markup:
             rows.append((f"KL, {name}", number(likelihood[key]), interval, None, None, None))
     for key, name in {
         "top1_agreement": "same first choice",
-        "top5_agreement": "same first five",
+        "top5_agreement": "shared of the first five",
     }.items():
         if likelihood.get(key) is not None:
             share = percent(likelihood[key], 2)
@@ -106,8 +106,7 @@ def _histogram(likelihood: Mapping[str, Any]) -> Markup | None:
     told = (
         f"Histogram of KL divergence by token: {count(sum(counts))} tokens between "
         f"{number(bins[0][0])} and {number(bins[-1][1])} nats, most of them near "
-        f"{number(max(bins, key=lambda bar: bar[2])[0])}; "
-        + ", ".join(mark.name for mark in marks)
+        f"{number(max(bins, key=lambda bar: bar[2])[0])}; " + ", ".join(mark.name for mark in marks)
     )
     rows = [(number(low), number(high), count(int(height))) for low, high, height in bins]
     return figure(

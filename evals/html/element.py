@@ -20,7 +20,7 @@ class Markup(str):
     """Text that is HTML already; all other text is escaped where it becomes a child."""
 
 
-Child: TypeAlias = Union[str, None, Iterable["Child"]]
+Child: TypeAlias = Union[str, Iterable["Child"], None]  # noqa: UP007, the union names itself
 
 
 def escaped(text: str) -> Markup:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ..figures import count, number, part, percent, signed, size
+from ..figures import count, ends, number, part, percent, signed, size
 from ..gate import Report, Verdict
 from .element import Child, Markup, element
-from .section import ends, judged
+from .section import judged
 from .table import Cell, table
 
 
@@ -26,7 +26,7 @@ def title(report: Report) -> str:
 
 
 def head(report: Report, verdict: Verdict | None) -> Markup:
-    """Heading, a sentence on size and fit, the gate's verdict, three figures, and what is missing."""
+    """Heading, size and fit, the gate's verdict, three figures, and what was not measured."""
     lead = " ".join(sentence for sentence in (_smaller(report), _fits(report)) if sentence)
     return element(
         "header",
@@ -120,9 +120,7 @@ def _divergence(likelihood: Mapping[str, Any]) -> Markup | None:
 
 
 def _perplexity(likelihood: Mapping[str, Any]) -> Markup | None:
-    before, after = (
-        part(likelihood, side).get("perplexity") for side in ("original", "quantized")
-    )
+    before, after = (part(likelihood, side).get("perplexity") for side in ("original", "quantized"))
     if not before or not after:
         return None
     increase = likelihood.get("perplexity_increase", after / before - 1)

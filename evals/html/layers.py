@@ -3,6 +3,7 @@ weight's codes do against plain rounding."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -67,9 +68,7 @@ def _hidden(measured: Sequence[Record]) -> Markup | None:
 def _largest_rise(errors: Mapping[int, float]) -> int | None:
     """The layer whose error is most above that of the layer before; None for a single layer."""
     pairs = list(errors.items())
-    rises = {
-        layer: after - before for (_, before), (layer, after) in zip(pairs, pairs[1:], strict=False)
-    }
+    rises = {layer: after - before for (_, before), (layer, after) in itertools.pairwise(pairs)}
     return max(rises, key=rises.__getitem__) if rises else None
 
 
@@ -125,7 +124,9 @@ def _weights(records: Sequence[Record]) -> Markup | None:
     if not kinds:
         return None
     every = [group for by_layer in kinds.values() for found in by_layer.values() for group in found]
-    ratios = [group["error"] / group["rounding_error"] for group in every if group["rounding_error"]]
+    ratios = [
+        group["error"] / group["rounding_error"] for group in every if group["rounding_error"]
+    ]
     y = logarithmic(group[side] for group in every for side in ("error", "rounding_error"))
     left = f" Half of all weights have less than {percent(median(ratios), 0)} of rounding's error."
     return figure(

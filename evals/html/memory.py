@@ -10,7 +10,7 @@ from ..gate import Report
 from .element import Markup, element
 from .plots import key, stack
 from .section import Section, figure, said, section
-from .table import table
+from .table import Row, table
 
 
 def memory(report: Report) -> Section | None:
@@ -26,7 +26,7 @@ def _components(report: Report) -> Markup | None:
         return None
     names = sorted({**before, **after}, key=lambda name: -before.get(name, 0))
     most = max(*before.values(), *after.values())
-    rows = []
+    rows: list[Row] = []
     for name in names:
         old, new = before.get(name, 0), after.get(name, 0)
         bars = element(
@@ -72,7 +72,9 @@ def _fit(fit: Mapping[str, Any], quantized: Mapping[str, Any]) -> Markup | None:
     )
     largest = fit.get("largest_context")
     told = "; ".join(f"{name} {size(amount)}" for name, (amount, _) in shown.items())
-    rows = [(name, size(amount), percent(amount / usable, 1)) for name, (amount, _) in shown.items()]
+    rows = [
+        (name, size(amount), percent(amount / usable, 1)) for name, (amount, _) in shown.items()
+    ]
     return figure(
         f"Fit on one {str(fit.get('device')).upper()}",
         said(

@@ -39,18 +39,20 @@ def lines(
     x_ticks: Sequence[float],
 ) -> Markup:  # fmt: skip
     """Points joined by lines, of one or more series; `told` is the text alternative."""
-    drawn = [_rules(y)]
+    drawn: list[Markup | None] = [_rules(y)]
     for one in series:
         shown = [point for point in one.points if all(map(math.isfinite, point))]
         places = [f"{_x(x, left)} {_y(y, above)}" for left, above in shown]
-        ranges = "".join(
-            f"M{_x(x, at)} {_y(y, low)}V{_y(y, high)}" for at, low, high in one.ranges
+        ranges = "".join(f"M{_x(x, at)} {_y(y, low)}V{_y(y, high)}" for at, low, high in one.ranges)
+        drawn += (
+            [
+                element("path", class_=f"range {one.class_}", d=ranges) if ranges else None,
+                element("path", class_=f"line {one.class_}", d="M" + "L".join(places)),
+                element("path", class_=f"dot {one.class_}", d="".join(f"M{at}h0" for at in places)),
+            ]
+            if places
+            else []
         )
-        drawn += [
-            element("path", class_=f"range {one.class_}", d=ranges) if ranges else None,
-            element("path", class_=f"line {one.class_}", d="M" + "L".join(places)),
-            element("path", class_=f"dot {one.class_}", d="".join(f"M{at}h0" for at in places)),
-        ] if places else []
     return _framed(joined(drawn), x, y, x_name, y_name, told, x_ticks)
 
 
@@ -125,7 +127,9 @@ def stack(parts: Mapping[str, tuple[float, str]], whole: float, told: str, limit
     for amount, class_ in parts.values():
         width = WIDTH * amount / whole
         drawn.append(
-            element("path", class_=f"part {class_}", d=f"M{left:.2f} 0h{width:.2f}v100h-{width:.2f}z")
+            element(
+                "path", class_=f"part {class_}", d=f"M{left:.2f} 0h{width:.2f}v100h-{width:.2f}z"
+            )
         )
         left += width
     at = WIDTH * limit / whole

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..figures import count, number, part, percent, size
+from ..figures import count, drawn, measured, number, part, size
 from ..gate import Report
 from .element import Child, Markup, element
 from .section import Section, said, section
@@ -54,10 +54,7 @@ def provenance(report: Report) -> Section:
         "Provenance",
         element(
             "dl",
-            [
-                element("div", element("dt", name), element("dd", value))
-                for name, value in facts
-            ],
+            [element("div", element("dt", name), element("dd", value)) for name, value in facts],
             class_="facts",
         ),
         behind(
@@ -83,7 +80,7 @@ def _facts(report: Report) -> Iterable[tuple[str, Child]]:
     yield "recipe", _recipe(part(report, "recipe"))
     yield "calibration", drawn(calibration) if calibration else None
     yield "calibration digest", _code(calibration.get("digest"))
-    yield "evaluation text", _text(likelihood) if likelihood else None
+    yield "evaluation text", measured(likelihood) if likelihood else None
     yield "evaluation digest", _code(likelihood.get("digest"))
     yield "retrieval", _asked(retrieval) if retrieval else None
     yield "retrieval digest", _code(retrieval.get("digest"))
@@ -116,27 +113,6 @@ def _recipe(recipe: Mapping[str, Any]) -> str | None:
         return None
     schemes = ", ".join(f"{name} {scheme}" for name, scheme in part(recipe, "schemes").items())
     return f"{recipe.get('name')}: {schemes.replace('_', ' ')}"
-
-
-def drawn(calibration: Mapping[str, Any]) -> str:
-    """Which calibration tokens: a text and its samples, or those of each text of a mix."""
-    parts = calibration.get("mix") or [calibration]
-    texts = [
-        f"{text.get('source')}"
-        + (f" {percent(text['share'], 0)}" if len(parts) > 1 else "")
-        + f", {count(text.get('samples'))} samples of {count(text.get('length'))} tokens"
-        for text in parts
-    ]
-    return "; ".join([*texts, f"seed {calibration.get('seed')}"])
-
-
-def _text(likelihood: Mapping[str, Any]) -> str:
-    name = f"{likelihood['text']}, " if likelihood.get("text") else ""
-    stride = f", stride {count(likelihood['stride'])}" if likelihood.get("stride") else ""
-    return (
-        f"{name}{count(likelihood.get('tokens'))} tokens in {count(likelihood.get('windows'))} "
-        f"windows{stride}"
-    )
 
 
 def _asked(retrieval: Mapping[str, Any]) -> str:

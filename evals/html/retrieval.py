@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..figures import count, length, number, part, percent, signed
+from ..figures import count, ends, length, number, part, percent, pooled, signed
 from ..gate import Report
 from .colours import (
     LEVELS,
@@ -17,7 +17,7 @@ from .colours import (
 )
 from .element import Markup, element, joined
 from .plots import scale
-from .section import Section, ends, figure, judged, said, section
+from .section import Section, figure, judged, said, section
 from .table import Cell, Row, table
 
 LARGEST = 0.5  # the difference in share that has the strongest colour
@@ -92,7 +92,7 @@ def _heat(title: str, cells: Cells, key: str, named: Callable[[Any], str]) -> Ma
     if key == "depth":
         rows.sort(key=lambda depth: (depth is None, depth))
     found = {
-        (row, column): _pooled(
+        (row, column): pooled(
             cell for cell in cells if (cell[key], cell["length"]) == (row, column)
         )
         for row in rows
@@ -113,19 +113,6 @@ def _heat(title: str, cells: Cells, key: str, named: Callable[[Any], str]) -> Ma
         )
     ]
     return figure(title, element("div", tables, class_="trio"))
-
-
-def _pooled(cells: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Both shares over all prompts of the cells; None without any."""
-    held = [cell for cell in cells if cell.get("prompts")]
-    prompts = sum(cell["prompts"] for cell in held)
-    if not prompts:
-        return None
-    before, after = (
-        sum(cell[side] * cell["prompts"] for cell in held) / prompts
-        for side in ("original", "quantized")
-    )
-    return before, after
 
 
 def _share_of(side: int) -> Callable[[tuple[float, float] | None], Cell]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..figures import no_difference
 from .element import Child, Markup, element
@@ -51,12 +50,6 @@ def judged(interval: Sequence[float] | None, more_is_better: bool) -> Markup | N
         return element("span", "no difference seen", class_="pill")
     better = (interval[0] > 0) == more_is_better
     return element("span", "better" if better else "worse", class_=f"pill {_SIDES[better]}")
-
-
-def ends(difference: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The interval of a report's paired difference."""
-    low, high = difference.get("low"), difference.get("high")
-    return None if low is None or high is None else (low, high)
 
 
 _SIDES = {True: "good", False: "bad"}

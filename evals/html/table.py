@@ -27,7 +27,7 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Row], class_: str 
     """
     head = element("tr", [element("th", name, scope="col") for name in header])
     body = [
-        element("tr", element("th", row[0] if row else None, scope="row"), map(_cell, row[1:]))
+        element("tr", _cell("th", row[0], scope="row"), [_cell("td", cell) for cell in row[1:]])
         for row in rows
     ]
     whole = element(
@@ -45,6 +45,6 @@ def behind(figures: Markup, label: str = "Table of these figures") -> Markup:
     return element("details", element("summary", label), figures, class_="behind")
 
 
-def _cell(cell: Child | Cell) -> Markup:
+def _cell(name: str, cell: Child | Cell, **attributes: str) -> Markup:
     found = cell if isinstance(cell, Cell) else Cell(cell)
-    return element("td", found.content, class_=found.class_)
+    return element(name, found.content, class_=found.class_, **attributes)
