@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .figures import (
+    UNKNOWN,
     count,
     drawn,
     ends,
@@ -93,7 +94,7 @@ def _made(report: Report) -> str:
     likelihood = part(report, "evidence", "likelihood")
     recipe = part(report, "recipe").get("name")
     facts = [
-        f"Quantized with llama4q {report.get('llama4q')}, recipe {recipe}." if recipe else None,
+        f"Quantized with llama4q {report.get('llama4q', UNKNOWN)}, recipe {recipe}." if recipe else None,
         f"Calibrated on {drawn(calibration)}." if calibration else None,
         f"Measured on {measured(likelihood)}." if likelihood else None,
         "Intervals are 95 %, paired." if likelihood or part(report, "evidence") else None,

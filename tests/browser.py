@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,6 +24,8 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--remote-debugging-pipe",
 )  # fmt: skip
+
+PATIENCE = 60  # seconds
 
 
 class Browser:
@@ -40,7 +43,7 @@ class Browser:
         )
         os.close(take[0])
         os.close(give[1])
-        self._to, self._from = os.fdopen(take[1], "wb", buffering=0), os.fdopen(give[0], "rb")
+        self._to, self._from = take[1], give[0]
         self._rest = b""
         self._last = 0
         self._session: str | None = None
@@ -65,8 +68,8 @@ class Browser:
         self, _kind: type[BaseException] | None, _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        self._to.close()  # the browser ends with its pipe
-        self._from.close()
+        os.close(self._to)  # the browser ends with its pipe
+        os.close(self._from)
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -104,7 +107,7 @@ class Browser:
         message = {"id": self._last, "method": method, "params": parameters}
         if self._session is not None:
             message["sessionId"] = self._session
-        self._to.write(json.dumps(message).encode() + b"\0")
+        os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
             if answer.get("id") == self._last:
@@ -114,7 +117,9 @@ class Browser:
     def _next(self) -> dict[str, Any]:
         """The next message; what it says of the page is noted."""
         while b"\0" not in self._rest:
-            more = self._from.read1()
+            ready, _, _ = select.select([self._from], [], [], PATIENCE)
+            assert ready, f"Chromium has said nothing for {PATIENCE} s"
+            more = os.read(self._from, 2**20)
             assert more, "Chromium has ended"
             self._rest += more
         raw, _, self._rest = self._rest.partition(b"\0")

@@ -35,7 +35,9 @@ class Axis:
         first = math.ceil(math.log10(self.low) - 1e-9)
         last = math.floor(math.log10(self.high) + 1e-9)
         every = max(1, math.ceil((last - first + 1) / most))
-        return [10.0**power for power in range(first, last + 1, every)]
+        between = (1, 2, 5) if last - first < 2 else (1,)
+        found = [10.0**power * step for power in range(first, last + 1, every) for step in between]
+        return [value for value in found if value <= self.high * (1 + 1e-9)]
 
     def _steps(self, most: int) -> list[float]:
         rough = (self.high - self.low) / most

@@ -53,7 +53,7 @@ def _figures(likelihood: Mapping[str, Any]) -> Markup:
         interval = intervals.get("perplexity_increase")
         rows.append(
             (
-                "perplexity",
+                "perplexity, change",
                 f"{signed(100 * increase, 2)} %",
                 _ends(interval, lambda end: f"{signed(100 * end, 2)} %"),
                 Cell(judged(interval, more_is_better=False), "note"),
@@ -76,7 +76,7 @@ def _figures(likelihood: Mapping[str, Any]) -> Markup:
             share = percent(likelihood[key], 2)
             interval = _ends(intervals.get(key), lambda end: percent(end, 2))
             rows.append((name, share, interval, None, None, None))
-    header = ("figure", "difference", "95 % interval", "", "original", "quantized")
+    header = ("", "figure", "95 % interval", "", "original", "quantized")
     return table("Predictions of both models", header, rows)
 
 

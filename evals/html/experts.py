@@ -21,7 +21,7 @@ from .plots import grid, scale
 from .section import Section, figure, said, section
 from .table import Cell, behind, table
 
-OCTAVES = 3  # the colours end at an eighth and at eight times an even share
+OCTAVES = 2  # the colours end at a quarter and at four times an even share
 Tokens = Mapping[int, Sequence[int]]  # by layer and expert
 
 
@@ -40,8 +40,8 @@ def experts(report: Report) -> Section | None:
     if not any(parts):
         return None
     legend = scale(
-        "an eighth",
-        "eight times an even share",
+        "a quarter",
+        "four times an even share",
         [amount_class(level) for level in range(1, LEVELS)],
     )
     return section(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ..figures import count, ends, number, part, percent, signed, size
+from ..figures import UNKNOWN, count, ends, number, part, percent, signed, size
 from ..gate import Report, Verdict
 from .element import Child, Markup, element
 from .section import judged
@@ -56,7 +56,7 @@ def _fits(report: Report) -> str:
     if "fits" not in fit:
         return ""
     answer = "Fits" if fit["fits"] else "Does not fit"
-    device = str(fit.get("device")).upper()
+    device = str(fit.get("device", UNKNOWN)).upper()
     return f"{answer} one {device} with a context of {count(fit.get('context'))} tokens."
 
 

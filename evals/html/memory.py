@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..figures import count, part, percent, size
+from ..figures import UNKNOWN, count, part, percent, size
 from ..gate import Report
 from .element import Markup, element
 from .plots import key, stack
@@ -76,7 +76,7 @@ def _fit(fit: Mapping[str, Any], quantized: Mapping[str, Any]) -> Markup | None:
         (name, size(amount), percent(amount / usable, 1)) for name, (amount, _) in shown.items()
     ]
     return figure(
-        f"Fit on one {str(fit.get('device')).upper()}",
+        f"Fit on one {str(fit.get('device', UNKNOWN)).upper()}",
         said(
             f"{answer}.",
             f" The largest context is {count(largest)} tokens." if largest else None,

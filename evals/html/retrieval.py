@@ -31,7 +31,8 @@ def retrieval(report: Report) -> Section | None:
     if not tasks:
         return None
     everything = [cell for task in tasks for cell in task["cells"]]
-    parts = [_heat("All tasks by length and depth", everything, "depth", _depth)]
+    every = "All tasks by length and depth" if len(tasks) > 1 else "By length and depth"
+    parts = [_heat(every, everything, "depth", _depth)]
     if len(tasks) > 1:
         named = [{**cell, "task": task["task"]} for task in tasks for cell in task["cells"]]
         parts = [_heat("By task and length", named, "task", str), *parts, *map(_folded, tasks)]
