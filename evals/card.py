@@ -92,9 +92,9 @@ def _retrieval(retrieval: Mapping[str, Any]) -> str:
 def _made(report: Report) -> str:
     calibration = part(report, "calibration")
     likelihood = part(report, "evidence", "likelihood")
-    recipe = part(report, "recipe").get("name")
+    recipe, version = part(report, "recipe").get("name"), report.get("llama4q", UNKNOWN)
     facts = [
-        f"Quantized with llama4q {report.get('llama4q', UNKNOWN)}, recipe {recipe}." if recipe else None,
+        f"Quantized with llama4q {version}, recipe {recipe}." if recipe else None,
         f"Calibrated on {drawn(calibration)}." if calibration else None,
         f"Measured on {measured(likelihood)}." if likelihood else None,
         "Intervals are 95 %, paired." if likelihood or part(report, "evidence") else None,
