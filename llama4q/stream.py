@@ -86,10 +86,15 @@ def advance(config: ModelConfig, layer: DecoderLayer, hidden: Store) -> Routing 
 
     Raises UserError when the activations stop being finite.
     """
+    return passed(config, layer, hidden).routing
+
+
+def passed(config: ModelConfig, layer: DecoderLayer, hidden: Store) -> Passing:
+    """The same; with what the feed-forward has added."""
     attend(hidden, (attention(config, layer, batch) for batch in hidden), layer.o)
     passing = Passing(config, layer, hidden)
     passing.advance()
-    return passing.routing
+    return passing
 
 
 def attend(hidden: Store, mixed: Iterator[torch.Tensor], output: Linear) -> None:
@@ -126,11 +131,7 @@ class Passing:
 
     def everywhere(self) -> list[slice]:
         """All tokens, in pieces of at most TOKENS_AT_ONCE."""
-        return [
-            slice(start, min(start + TOKENS_AT_ONCE, batch.stop))
-            for batch in self.hidden.slices()
-            for start in range(batch.start, batch.stop, TOKENS_AT_ONCE)
-        ]
+        return pieces_of(self.hidden)
 
     def reaching(self, expert: int) -> list[Where]:
         """The tokens that are routed to an expert, in such pieces."""
@@ -179,6 +180,15 @@ class Passing:
             moved = self.hidden[number] + self.added[number]
             check_activations(self.layer.index, moved)
             self.hidden[number] = moved
+
+
+def pieces_of(hidden: Store) -> list[slice]:
+    """All rows, at most TOKENS_AT_ONCE of one batch together."""
+    return [
+        slice(start, min(start + TOKENS_AT_ONCE, batch.stop))
+        for batch in hidden.slices()
+        for start in range(batch.start, batch.stop, TOKENS_AT_ONCE)
+    ]
 
 
 def pieces(rows: torch.Tensor) -> list[Where]:
