@@ -56,6 +56,7 @@ def evaluated(
             "likelihood": _likelihood(chance),
             "layers": _layers(chance, layers, experts, dense_every),
             "retrieval": _retrieval(chance, tasks, lengths, depths) if tasks else None,
+            "other_settings": [],
         },
     }
 
@@ -157,10 +158,12 @@ def _layers(
             {
                 "layer": layer,
                 "hidden_error": error,
+                "gain": chance.uniform(0.975, 0.995),
                 "agreement": None if dense else 1 - 0.04 * layer / layers * chance.uniform(0.7, 1),
                 "load_original": load,
                 "load_quantized": [round(held * chance.uniform(0.96, 1.04)) for held in load or []]
                 or None,
+                "expert_gain": load and [chance.gauss(0.985, 0.004) for _ in load],
             }
         )
     return found

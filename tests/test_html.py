@@ -373,6 +373,44 @@ def test_change_of_load_is_of_an_even_share() -> None:
     assert rows[1] == ["0", "+10.0", "−10.0", "0.0", "0.0"]
 
 
+def test_an_expert_that_stands_out_is_named() -> None:
+    """By its distance from the median of its own layer; one that no token reached has no cell."""
+    report = reports.evaluated(layers=2, experts=4)
+    first, second = report["evidence"]["layers"]
+    first["expert_gain"] = [0.97, 0.98, 1.1, None]
+    second["expert_gain"] = [1.2, 1.21, 1.19, 1.2]
+    tree = parsed(report)
+    said = " ".join(p.text for p in tree.all("p"))
+    told = "Expert 2 of layer 0 stands out most: 1.10, where the median of its layer is 0.980"
+    assert f"{told}." in said
+    rows = tables(tree)["Gain of each expert by layer"]
+    assert rows[1] == ["0", "0.970", "0.980", "1.10", "–"]
+    [drawing] = [s for s in tree.all("svg") if told in str(s.attributes["aria-label"])]
+    assert sum(str(p.attributes["d"]).count("z") for p in drawing.all("path")) == 7
+
+
+def test_a_layer_that_adds_too_much_is_named() -> None:
+    report = reports.evaluated(layers=5)
+    for entry, gain in zip(
+        report["evidence"]["layers"], (0.98, 0.99, 1.3, 0.97, 0.98), strict=True
+    ):
+        entry["gain"] = gain
+    said = " ".join(p.text for p in parsed(report).all("p"))
+    assert "Layer 2 is farthest from the others with 1.30; the median is 0.980." in said
+
+
+def test_other_settings_are_a_warning() -> None:
+    report = reports.evaluated()
+    assert "Rescues and warnings" not in sections(parsed(report))
+    report["evidence"]["other_settings"] = [
+        {"setting": "attn_temperature_tuning", "original": True, "quantized": False}
+    ]
+    [warning] = [p for p in parsed(report).all("p") if p.attributes.get("class") == "warning"]
+    assert warning.text == (
+        "The two config.json differ: attn_temperature_tuning is True, then False."
+    )
+
+
 def test_experts_with_too_few_tokens_are_marked() -> None:
     tree = parsed(FULL)
     [table] = [

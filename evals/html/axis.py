@@ -54,6 +54,13 @@ def logarithmic(values: Iterable[float]) -> Axis:
     return Axis(10.0**low, 10.0 ** max(high, low + 1), log=True)
 
 
+def around(values: Iterable[float], middle: float) -> Axis:
+    """As far to both sides of `middle` as the farthest value, at least a hundredth."""
+    shown = [abs(value - middle) for value in values if math.isfinite(value)]
+    room = 1.1 * max(0.01, *shown) if shown else 0.01
+    return Axis(middle - room, middle + room)
+
+
 def numbered(numbers: Iterable[int]) -> Axis:
     """Whole numbers, such as those of layers, with room for half a step at both ends."""
     shown = list(numbers) or [0]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
-from ..figures import count, part, percent, signed
+from ..figures import count, number, part, percent, signed
 from ..gate import Report
 from .colours import (
     LEVELS,
@@ -27,15 +28,16 @@ Tokens = Mapping[int, Sequence[int]]  # by layer and expert
 
 def experts(report: Report) -> Section | None:
     """None for a model without routed experts, and where nobody counted."""
-    covered = _counted(report.get("layers") or [], "expert_tokens")
+    covered = _by_layer(report.get("layers") or [], "expert_tokens")
     measured = part(report, "evidence").get("layers") or []
-    before, after = (_counted(measured, f"load_{side}") for side in ("original", "quantized"))
+    before, after = (_by_layer(measured, f"load_{side}") for side in ("original", "quantized"))
     parts = [_coverage(covered, part(report, "calibration", "coverage"))]
     if before and after:
         parts += [
             _load("Load, original", before),
             _load("Load, quantized", after),
             _change(before, after),
+            _gains(_by_layer(measured, "expert_gain")),
         ]
     if not any(parts):
         return None
@@ -55,7 +57,7 @@ def experts(report: Report) -> Section | None:
     )
 
 
-def _counted(records: Sequence[Mapping[str, Any]], key: str) -> Tokens:
+def _by_layer(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, list[Any]]:
     return {record["layer"]: record[key] for record in records if record.get(key)}
 
 
@@ -149,6 +151,54 @@ def _change(before: Tokens, after: Tokens) -> Markup:
     )  # fmt: skip
 
 
+def _gains(gains: Mapping[int, Sequence[float | None]]) -> Markup | None:
+    """What each expert adds along what the original adds, against the median of its layer."""
+    middle = {
+        layer: median(gain for gain in line if gain is not None)
+        for layer, line in gains.items()
+        if any(gain is not None for gain in line)
+    }
+    if not middle:
+        return None
+    away = {
+        layer: [None if gain is None else gain - middle[layer] for gain in gains[layer]]
+        for layer in middle
+    }
+    farthest, (layer, expert) = max(
+        (abs(gain), (layer, expert))
+        for layer, line in away.items()
+        for expert, gain in enumerate(line)
+        if gain is not None
+    )
+    told = (
+        f"Expert {expert} of layer {layer} stands out most: {number(gains[layer][expert])}, "
+        f"where the median of its layer is {number(middle[layer])}"
+    )
+    ends = number(farthest, 2)
+    return figure(
+        "Gain of each expert",
+        said(f"What it adds along what the original's adds. {told}."),
+        scale(
+            f"−{ends}",
+            f"+{ends} beside its layer",
+            [difference_class(level) for level in range(-SIDE, SIDE + 1)],
+        ),
+        _grid(
+            away,
+            away,
+            lambda gain: difference_class(difference_level(gain, farthest)),
+            f"Gain of each expert. {told}",
+        ),
+        behind(
+            _table(
+                "Gain of each expert by layer",
+                {layer: gains[layer] for layer in middle},
+                lambda _layer, _expert, gain: Cell("–" if gain is None else number(gain)),
+            )
+        ),
+    )
+
+
 def _shares(tokens: Tokens) -> dict[int, list[float]]:
     """Relative to an even share of the layer: 1 is even."""
     return {
@@ -178,13 +228,15 @@ def _extremes(tokens: Tokens) -> str:
 
 
 def _grid(
-    rows: Mapping[int, Sequence[float]],
-    values: Mapping[int, Sequence[float]],
+    rows: Iterable[int],
+    values: Mapping[int, Sequence[float | None]],
     class_of: Callable[[float], str],
     told: str,
     marked: Sequence[tuple[int, int]] = (),
 ) -> Markup:
-    classes = [[class_of(value) for value in values[layer]] for layer in rows]
+    classes = [
+        [None if value is None else class_of(value) for value in values[layer]] for layer in rows
+    ]
     return grid(classes, [str(layer) for layer in rows], "expert", "layer", told, marked)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..figures import count, number, percent
 from ..gate import Report
-from .axis import Axis, logarithmic, numbered, whole_ticks
+from .axis import Axis, around, logarithmic, numbered, whole_ticks
 from .element import Markup, element
 from .plots import Series, key, lines
 from .section import Section, figure, said, section
@@ -24,7 +24,12 @@ def layers(report: Report) -> Section | None:
     """None where neither hidden states nor weights were measured."""
     evidence = report.get("evidence") or {}
     measured = evidence.get("layers") or []
-    plots = [_hidden(measured), _routing(measured), _weights(report.get("layers") or [])]
+    plots = [
+        _hidden(measured),
+        _gain(measured),
+        _routing(measured),
+        _weights(report.get("layers") or []),
+    ]
     return section("Layers", plots) if any(plots) else None
 
 
@@ -70,6 +75,39 @@ def _largest_rise(errors: Mapping[int, float]) -> int | None:
     pairs = list(errors.items())
     rises = {layer: after - before for (_, before), (layer, after) in itertools.pairwise(pairs)}
     return max(rises, key=rises.__getitem__) if rises else None
+
+
+def _gain(measured: Sequence[Record]) -> Markup | None:
+    gains = {
+        record["layer"]: record["gain"] for record in measured if record.get("gain") is not None
+    }
+    if not gains:
+        return None
+    x = numbered(gains)
+    middle = median(gains.values())
+    farthest = max(gains, key=lambda layer: abs(gains[layer] - middle))
+    told = (
+        f"Layer {farthest} is farthest from the others with {number(gains[farthest])}; "
+        f"the median is {number(middle)}."
+    )
+    y = around(gains.values(), 1.0)
+    return figure(
+        "Gain of the feed-forward",
+        said(
+            "What the quantized feed-forward adds along what the original's adds; 1 is neither "
+            f"more nor less. {told}"
+        ),
+        lines(x, y, [Series("gain", "s1", list(gains.items()))], "layer", "gain",
+              f"Gain of the feed-forward by layer. {told}", whole_ticks(x)),
+        behind(
+            table(
+                "Gain of the feed-forward by layer",
+                ("layer", "gain"),
+                [(str(layer), number(gain, 4)) for layer, gain in gains.items()],
+                "sortable",
+            )
+        ),
+    )  # fmt: skip
 
 
 def _routing(measured: Sequence[Record]) -> Markup | None:

@@ -16,16 +16,26 @@ LISTED = 200  # rescues in the page; a report may have thousands
 
 
 def rescues(report: Report) -> Section | None:
-    """Rescues by kind and tensor, and the warning of coverage; None for a report without either."""
+    """Rescues by kind and tensor, and warnings; None for a report that knows of neither."""
     found = report.get("rescues")
-    warning = part(report, "calibration", "coverage").get("warning")
-    if found is None and warning is None:
+    warnings = [
+        part(report, "calibration", "coverage").get("warning"),
+        _settings(part(report, "evidence").get("other_settings") or []),
+    ]
+    if found is None and not any(warnings):
         return None
     return section(
         "Rescues and warnings",
-        element("p", warning, class_="warning") if warning else None,
-        _rescued(found or []) if found else said("No weight needed a rescue."),
+        [element("p", warning, class_="warning") for warning in warnings if warning],
+        _rescued(found) if found else None,
+        said("No weight needed a rescue.") if found == [] else None,
     )
+
+
+def _settings(differing: Sequence[Mapping[str, Any]]) -> str | None:
+    """Where the two config.json differ: the checkpoints are then not the same model."""
+    told = [f"{one['setting']} is {one['original']}, then {one['quantized']}" for one in differing]
+    return f"The two config.json differ: {'; '.join(told)}." if told else None
 
 
 def _rescued(found: Sequence[Mapping[str, Any]]) -> list[Markup]:
