@@ -76,12 +76,11 @@ def _retrieval(retrieval: Mapping[str, Any]) -> str:
     rows = []
     for length in sorted({cell["length"] for cell in cells}):
         here = [cell for cell in cells if cell["length"] == length]
-        shares = pooled(here)
-        if shares is not None:
-            change = signed(100 * (shares[1] - shares[0]), 1)
-            prompts = count(sum(cell["prompts"] for cell in here))
-            sides = (percent(share, 1) for share in shares)
-            rows.append((f"{length:,}", prompts, *sides, f"{change} points"))
+        before, after = pooled(here)
+        change = signed(100 * (after - before), 1)
+        prompts = count(sum(cell["prompts"] for cell in here))
+        sides = percent(before, 1), percent(after, 1)
+        rows.append((f"{length:,}", prompts, *sides, f"{change} points"))
     if not rows:
         return ""
     names = ", ".join(_plain(task["task"]) for task in tasks)

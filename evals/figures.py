@@ -6,7 +6,7 @@ Knows nothing of terminals or pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MINUS = "−"
@@ -21,14 +21,11 @@ def part(report: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     return found
 
 
-def pooled(cells: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """The original's and the quantized model's share over all prompts of cells; None without."""
-    held = [cell for cell in cells if cell.get("prompts")]
-    prompts = sum(cell["prompts"] for cell in held)
-    if not prompts:
-        return None
+def pooled(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Original's and quantized's share of right answers over all prompts of the cells."""
+    prompts = sum(cell["prompts"] for cell in cells)
     original, quantized = (
-        sum(cell[side] * cell["prompts"] for cell in held) / prompts
+        sum(cell[side] * cell["prompts"] for cell in cells) / prompts
         for side in ("original", "quantized")
     )
     return original, quantized
@@ -41,15 +38,19 @@ def ends(difference: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def drawn(calibration: Mapping[str, Any]) -> str:
-    """Which calibration tokens: a text and its samples, or those of each text of a mix."""
-    parts = calibration.get("mix") or [calibration]
-    texts = [
-        f"{text.get('source')}"
-        + (f" {percent(text['share'], 0)}" if len(parts) > 1 else "")
-        + f", {count(text.get('samples'))} samples of {count(text.get('length'))} tokens"
-        for text in parts
-    ]
-    return "; ".join([*texts, f"seed {calibration.get('seed')}"])
+    """The calibration tokens: a text and its samples, or those of each text of a mix."""
+    mix = calibration.get("mix") or []
+    if len(mix) > 1:
+        texts = [
+            f"{text['source']} {percent(text['share'], 1)} in {_samples(text)}" for text in mix
+        ]
+    else:
+        texts = [str(calibration.get("source", UNKNOWN)), _samples(mix[0] if mix else calibration)]
+    return ", ".join([*texts, f"seed {calibration.get('seed', UNKNOWN)}"])
+
+
+def _samples(text: Mapping[str, Any]) -> str:
+    return f"{count(text.get('samples'))} samples of {count(text.get('length'))} tokens"
 
 
 def measured(likelihood: Mapping[str, Any]) -> str:

@@ -67,14 +67,14 @@ def test_how_it_was_made() -> None:
     assert text.startswith("## Evaluation\n\n| ")
     assert (
         "Quantized with llama4q 0.1.0, recipe int4. Calibrated on pocket, 128 samples of 2,048 "
-        "tokens; seed 0. Measured on wikitext-2, 32,736 tokens in 32 windows, stride 1,024."
+        "tokens, seed 0. Measured on wikitext-2, 32,736 tokens in 32 windows, stride 1,024."
     ) in text
     assert text.endswith("\n\n    llama4q quantize o/scout scout-int4 --recipe int4\n")
 
 
 def test_nothing_of_a_report_becomes_markup() -> None:
     report = copy.deepcopy(FULL)
-    report["calibration"]["mix"][0]["source"] = "a|b*c*`d`\n# <script>[e](f)"
+    report["calibration"]["source"] = "a|b*c*`d`\n# <script>[e](f)"
     report["evidence"]["retrieval"]["tasks"][0]["task"] = "x|y"
     rendered = MarkdownIt("commonmark").enable("table").render(markdown(report))
     assert set(re.findall(r"<(\w+)", rendered)) <= {

@@ -38,7 +38,7 @@ OVERFLOWING = """
     .map((one) => one.outerHTML.slice(0, 120))
 """
 CLIPPED = """
-  [...document.querySelectorAll(".heat td, .heat tbody th")]
+  [...document.querySelectorAll(".heat td, .heat th")]
     .filter((one) => one.scrollWidth > one.clientWidth)
     .map((one) => one.textContent)
 """

@@ -93,18 +93,20 @@ def _heat(title: str, cells: Cells, key: str, named: Callable[[Any], str]) -> Ma
     if key == "depth":
         rows.sort(key=lambda depth: (depth is None, depth))
     found = {
-        (row, column): pooled(
-            cell for cell in cells if (cell[key], cell["length"]) == (row, column)
-        )
+        (row, column): pooled(here)
         for row in rows
         for column in lengths
+        if (here := [cell for cell in cells if (cell[key], cell["length"]) == (row, column)])
     }
     header = (key, *map(length, lengths))
     tables = [
         table(
             caption,
             header,
-            [(named(row), *(shown(found[row, column]) for column in lengths)) for row in rows],
+            [
+                (named(row), *(shown(found.get((row, column))) for column in lengths))
+                for row in rows
+            ],
             "heat" if key == "depth" else "heat named",
         )
         for caption, shown in (
