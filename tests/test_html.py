@@ -325,7 +325,7 @@ def test_a_difference_is_judged_by_its_interval(interval: list[float], word: str
     rows = tables(parsed(report))["Predictions of both models"]
     assert rows[1][3] == word
     del report["evidence"]["likelihood"]["intervals"]["perplexity_increase"]
-    assert "no interval: fewer than two windows" in cards(parsed(report))["Perplexity"]
+    assert "no interval measured" in cards(parsed(report))["Perplexity"]
 
 
 def test_the_verdict_is_on_top() -> None:
@@ -492,6 +492,25 @@ def test_figures_that_are_not_finite_are_shown_as_such() -> None:
     rows = {row[0]: row[1] for row in tables(parsed(report))["Predictions of both models"]}
     assert rows["KL, mean"] == "nan"
     assert rows["KL, largest"] == "inf"
+
+
+def test_a_model_compared_with_itself() -> None:
+    """No error anywhere: nothing to place on a logarithmic axis, no colour for a change."""
+    report = reports.evaluated(layers=3, experts=4)
+    likelihood = report["evidence"]["likelihood"]
+    likelihood |= dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max"), 0.0)
+    likelihood |= {"perplexity_increase": 0.0, "intervals": {"perplexity_increase": [0.0, 0.0]}}
+    likelihood["histogram"]["counts"] = [0] * 72
+    for entry in report["evidence"]["layers"]:
+        entry |= {
+            "hidden_error": 0.0, "gain": 1.0, "agreement": 1.0, "expert_gain": [1.0] * 4,
+            "load_quantized": entry["load_original"],
+        }  # fmt: skip
+    tree = parsed(report)
+    assert "0.00 % | 95 % interval 0.00 to 0.00 % | no difference seen" in cards(tree)["Perplexity"]
+    assert "Tokens by KL divergence" not in tables(tree)
+    [change] = [s for s in tree.all("svg") if "Change of load" in str(s.attributes["aria-label"])]
+    assert {path.attributes["class"] for path in change.all("path")} == {"d0"}
 
 
 # --- writing figures, placing them, colouring them ---

@@ -176,7 +176,7 @@ def _card(
         element("p", value, element("small", f" {unit}"), class_="value"),
         element(
             "p",
-            f"95 % interval {interval}" if interval else "no interval: fewer than two windows",
+            f"95 % interval {interval}" if interval else "no interval measured",
             class_="interval",
         ),
         element("p", judgement, class_="judgement") if judgement else None,
