@@ -275,13 +275,16 @@ def quantize(
     from calibrate.progress import Bar, Silence
     from calibrate.run import DTYPES, Job, refuse_early
     from calibrate.run import quantize as run
+    from evals.card import markdown
     from evals.evaluation import Evaluation
+    from evals.html.page import page
     from evals.report import render
     from llama4q import products
-    from llama4q.checkpoint import Checkpoint
+    from llama4q.checkpoint import Checkpoint, PartReader
     from llama4q.config import read_config
     from llama4q.device import use_device
     from llama4q.hub import POCKET, resolve
+    from llama4q.inspect import component_bytes
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
@@ -337,8 +340,14 @@ def quantize(
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return {
-            **_provenance(original, folder),
-            "quantized": {"name": str(folder), "bytes": outcome.quantized_bytes},
+            **_provenance(original, config),
+            "quantized": {
+                "name": str(folder),
+                "bytes": outcome.quantized_bytes,
+                "components": component_bytes(
+                    config, PartReader(folder, list(outcome.files)).infos
+                ),
+            },
             "recipe": chosen.to_json(),
             "calibration": {
                 "source": settings.text,
@@ -364,13 +373,17 @@ def quantize(
             "seconds": {"total": outcome.seconds},
         }
 
+    def pages(report: Mapping[str, Any]) -> dict[str, bytes]:
+        return {"report.html": page(report).encode(), "evaluation.md": markdown(report).encode()}
+
     shown = Bar(plan.expected()) if ranks.first else Silence()
     with shown as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions, ranks), bar, report, held, ranks)
+        finished = run(job, Evaluation(config, questions, ranks), bar, report, held, ranks, pages)
     ranks.leave()
     if not ranks.first:
         return
-    click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
+    told = f"\n{render(finished)}\nWritten to {folder}/, to look at as {folder / 'report.html'}"
+    click.echo(_json(finished) if as_json else told)
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
@@ -477,6 +490,9 @@ def _chosen(drawn: CalibrationSet, settings: Calibration, reader: LayerReader) -
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report here."
 )
 @click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write it as a page."
+)
+@click.option(
     "--memory", metavar="SIZE",
     help="What the run may use of the host, as in 16GB. What hidden states need beyond that lies "
     "in temporary files (TMPDIR).  [default: nine tenths of what is free]",
@@ -486,6 +502,7 @@ def evaluate(
     quantized: str,
     against: str,
     out: Path | None,
+    html: Path | None,
     memory: str | None,
     dtype: str,
     device: str | None,
@@ -501,11 +518,13 @@ def evaluate(
 
     from calibrate.run import DTYPES
     from evals.evaluation import compare
+    from evals.html.page import page
     from evals.report import render
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.device import use_device
     from llama4q.hub import resolve
+    from llama4q.inspect import component_bytes
     from llama4q.text import load_tokenizer
     from llama4q.weights import LayerReader
     from llama4q.writer import to_json, write_atomically, writing
@@ -523,14 +542,19 @@ def evaluate(
     with tqdm(total=layers, unit="layer", dynamic_ncols=True, disable=None) as bar:
         evidence = compare(readers[0], readers[1], questions, bar.update, spool)
     report = {
-        **_provenance(original, other.folder),
-        "quantized": {"name": other.name, "bytes": _nbytes(other)},
+        **_provenance(original, configs[0]),
+        "quantized": {
+            "name": other.name,
+            "bytes": _nbytes(other),
+            "components": component_bytes(configs[1], readers[1].checkpoint.infos),
+        },
         "dtype": dtype,
         "evidence": evidence,
     }
-    if out is not None:
-        with writing(out):
-            write_atomically(out, to_json(report))
+    for path, content in ((out, to_json(report)), (html, page(report).encode())):
+        if path is not None:
+            with writing(path):
+                write_atomically(path, content)
     click.echo(_json(report) if as_json else render(report))
 
 
@@ -618,8 +642,14 @@ def fit(
 @click.option("--min-retrieval", type=float, help="Quantized / original share of exact answers.")
 @click.option("--min-routing", "min_routing_agreement", type=float, help="Worst layer, 0 to 1.")
 @click.option("--max-fallbacks", type=int, help="Tensors that were rounded to nearest.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the report as a page, with this verdict.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(report: Path, baseline: Path | None, as_json: bool, **limits: Any) -> None:
+def check(
+    report: Path, baseline: Path | None, html: Path | None, as_json: bool, **limits: Any
+) -> None:
     """Hold REPORT against limits or a baseline: exit code 0 when all hold, else 1.
 
     Without options the default limits apply. With --baseline alone only the baseline counts.
@@ -628,12 +658,18 @@ def check(report: Path, baseline: Path | None, as_json: bool, **limits: Any) -> 
 
     from evals.gate import DEFAULT_THRESHOLDS, Thresholds, load_report
     from evals.gate import check as judge
+    from evals.html.page import page
     from evals.report import render_verdict
+    from llama4q.writer import write_atomically, writing
 
     named = any(limit is not None for limit in limits.values())
     thresholds = Thresholds(**limits) if named or baseline else DEFAULT_THRESHOLDS
     before = load_report(baseline) if baseline else None
-    verdict = judge(load_report(report), thresholds, before)
+    held = load_report(report)
+    verdict = judge(held, thresholds, before)
+    if html is not None:
+        with writing(html):
+            write_atomically(html, page(held, verdict).encode())
     if as_json:
         click.echo(_json({"passed": verdict.passed, **dataclasses.asdict(verdict)}))
     else:
@@ -686,15 +722,20 @@ def _fit(config: ModelConfig, gpu: str) -> Callable[[int], dict[str, Any]]:
             "largest_context": plan.largest_context,
             "total_bytes": plan.total_bytes,
             "usable_bytes": plan.usable_bytes,
+            "kv_bytes": plan.kv_bytes,
+            "reserved_bytes": plan.workspace_bytes + plan.overhead_bytes,
         }
 
     return fit_line
 
 
-def _provenance(source: Source, folder: Path) -> dict[str, Any]:
+def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
     """What made a report, and when."""
     import datetime
     from importlib.metadata import PackageNotFoundError, version
+
+    from llama4q.checkpoint import Checkpoint
+    from llama4q.inspect import component_bytes
 
     versions = {}
     for name in (
@@ -710,6 +751,7 @@ def _provenance(source: Source, folder: Path) -> dict[str, Any]:
             "name": source.name,
             "revision": source.revision,
             "bytes": _nbytes(source),
+            "components": component_bytes(config, Checkpoint(source.folder).infos),
         },
         "versions": versions,
     }

@@ -19,6 +19,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from evals.card import markdown
+from evals.html.page import page
 from llama4q import __version__
 from llama4q.checkpoint import Checkpoint
 from llama4q.hidden import Spool
@@ -134,6 +136,13 @@ def test_quantize_reports(source: Path, output: Path, report: dict[str, Any]) ->
     assert report["dtype"] == "float32"
     assert [sum(layer["expert_tokens"]) for layer in report["layers"]] == [4 * 64, 4 * 64]
     assert set(report["files"]) == {path.name for path in output.glob("*.safetensors")}
+    for side in ("source", "quantized"):
+        assert sum(report[side]["components"].values()) == report[side]["bytes"]
+    fit = report["fit"]
+    held = report["quantized"]["bytes"] + fit["kv_bytes"] + fit["reserved_bytes"]
+    assert held == fit["total_bytes"]
+    assert (output / "report.html").read_text() == page(report)
+    assert (output / "evaluation.md").read_text() == markdown(report)
     assert report["evidence"]["likelihood"]["tokens"] == 2 * 63
     [task] = report["evidence"]["retrieval"]["tasks"]
     assert [cell["length"] for cell in task["cells"]] == [128]
@@ -160,12 +169,14 @@ def test_eval_measures_what_quantize_said(
     source: Path, output: Path, report: dict[str, Any], tmp_path: Path
 ) -> None:
     """One reads the finished files, the other measured on the way."""
-    measured = parsed("eval", output, "--against", source, *MEASURED, "--out", tmp_path / "r.json")
+    files = ("--out", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    measured = parsed("eval", output, "--against", source, *MEASURED, *files)
     assert_close(measured["evidence"], report["evidence"])
     assert measured["evidence"]["likelihood"]["kl_mean"] > 1e-5
     assert measured["quantized"] == report["quantized"]
     assert measured["source"] == report["source"]
     assert json.loads((tmp_path / "r.json").read_text()) == measured
+    assert (tmp_path / "r.html").read_text() == page(measured)
 
 
 def test_eval_under_a_budget(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +223,7 @@ def test_quantize_without_source_takes_the_pocket_model(
     found = ran("quantize", *QUICK)
     assert found.exit_code == 0, found.stderr
     assert found.stderr.startswith("No SOURCE named: quantizing the pocket Llama 4 that comes with")
-    assert "Written to pocket-int4/" in found.stdout
+    assert "Written to pocket-int4/, to look at as pocket-int4/report.html" in found.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["pocket-int4"]
     written = json.loads((tmp_path / "pocket-int4" / "report.json").read_text())
     assert written["source"]["name"] == "pocket"
@@ -354,6 +365,17 @@ def test_check_takes_the_report_of_a_run(output: Path, report: dict[str, Any]) -
     assert ran("check", path, "--max-kl", "1", "--max-fallbacks", "0").exit_code == 0
     assert ran("check", path, "--max-kl", "0").exit_code == 1
     assert ran("check", path, "--baseline", path).exit_code == 0
+
+
+@pytest.mark.parametrize(("limit", "word"), [("1", "Passed"), ("0", "Failed")])
+def test_check_writes_the_page_with_its_verdict(
+    output: Path, report: dict[str, Any], tmp_path: Path, limit: str, word: str
+) -> None:
+    written = tmp_path / "verdict.html"
+    ran("check", output / "report.json", "--max-kl", limit, "--html", written)
+    assert f"<strong>{word}</strong>" in written.read_text()
+    lost = ran("check", output / "report.json", "--html", tmp_path / "none" / "r.html")
+    assert lost.stderr.startswith(f"Error: {tmp_path / 'none' / 'r.html'}: cannot be written")
 
 
 def test_ctrl_c_says_how_to_go_on(
