@@ -126,6 +126,12 @@ def evaluation_options(command: Command) -> Command:
                 help="Tokens a window.",
             ),
             click.option(
+                "--eval-stride",
+                type=click.IntRange(1),
+                help="Tokens from one window to the next; fewer than a window's: they overlap, and "
+                "every token is scored with more before it.  [default: no overlap]",
+            ),
+            click.option(
                 "--needle-lengths",
                 default="1024,4096",
                 show_default=True,
@@ -578,6 +584,7 @@ def _questions(
     eval_text: str | None,
     eval_windows: int,
     eval_length: int,
+    eval_stride: int | None,
     needle_lengths: str,
     needle_depths: str,
     needles: int,
@@ -596,7 +603,7 @@ def _questions(
             f"--needle-lengths {needle_lengths!r} --needle-depths {needle_depths!r}: "
             f"give numbers with commas between, as 1024,4096"
         ) from None
-    return ask(tokenizer, eval_text, eval_windows, eval_length, wanted)
+    return ask(tokenizer, eval_text, eval_windows, eval_length, wanted, eval_stride)
 
 
 def _listed(text: str) -> list[str]:

@@ -118,7 +118,11 @@ def measure(source: Path, recipe: Recipe, drawn: Any, questions: Questions) -> d
         "kl": likelihood["kl_mean"],
         "p99": likelihood["kl_p99"],
         "top1": likelihood["top1_agreement"],
-        "routing": min(record["agreement"] for record in found["evidence"]["routing"]),
+        "routing": min(
+            record["agreement"]
+            for record in found["evidence"]["layers"]
+            if record["agreement"] is not None
+        ),
         "perplexity": likelihood["quantized"]["perplexity"],
         "original": likelihood["original"]["perplexity"],
         "needles": needles["quantized"],

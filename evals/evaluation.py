@@ -7,6 +7,7 @@ of how codes are found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,16 +16,20 @@ import torch
 from llama4q.config import ModelConfig
 from llama4q.errors import UserError
 from llama4q.hidden import Spool, Store
-from llama4q.model import DecoderLayer, Head, logits
+from llama4q.model import DecoderLayer, Head, Routing, logits
 from llama4q.prefetch import prefetched
 from llama4q.ranks import ALONE, Ranks
 from llama4q.stream import POSITIONS_AT_ONCE, advance, embed, split_rows
 from llama4q.weights import LayerReader
 
 from . import retrieval
-from .likelihood import Likelihood, Window, compared
+from .likelihood import Window, bits_per_byte, compared, summary
 from .needle import NeedlePrompt
+from .passages import worst
 from .questions import Questions
+
+# tokens that both models send to the same expert, and how many each one sends to each
+RoutedTokens = tuple[int, torch.Tensor, torch.Tensor]
 
 
 class Evaluation:
@@ -41,8 +46,9 @@ class Evaluation:
         self.config = config
         self.questions = questions
         self.ranks = ranks
-        self.key = f"{questions.digest} {retrieval.digest(questions.prompts)}"
-        self.routing: list[dict[str, Any]] = []
+        asked = retrieval.digest(questions.prompts)
+        self.key = f"{questions.digest} {questions.stride} {asked}"
+        self.layers: list[dict[str, Any]] = []
 
     def start(self, embedding: torch.Tensor, spool: Spool) -> None:
         """Every rank takes every so-manyth batch."""
@@ -57,11 +63,33 @@ class Evaluation:
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
         plain = advance(self.config, original, self.plain)
         served = advance(self.config, quantized, self.served)
+        found = self.ranks.everyone((self._errors(), self._routing(plain, served)))
+        # exact sums, so that they do not depend on who found what
+        energies, errors = zip(*(pair for errors, _ in found for pair in errors), strict=True)
+        self.layers.append(
+            {
+                "layer": original.index,
+                "hidden_error": math.fsum(errors) / math.fsum(energies),
+                **_routed([routing for _, routing in found if routing is not None]),
+            }
+        )
+
+    def _errors(self) -> list[tuple[float, float]]:
+        """Energy of each batch's hidden states, and of what sets the models' apart."""
+        return [
+            (float(x.double().square().sum()), float((x - y).double().square().sum()))
+            for x, y in zip(self.plain, self.served, strict=True)
+        ]
+
+    def _routing(self, plain: Routing | None, served: Routing | None) -> RoutedTokens | None:
         if plain is None or served is None:
-            return
-        own = int((plain.expert == served.expert).sum()), len(plain.expert)
-        same, tokens = map(sum, zip(*self.ranks.everyone(own), strict=True))
-        self.routing.append({"layer": original.index, "agreement": same / tokens})
+            return None
+        experts = self.config.num_experts
+        return (
+            int((plain.expert == served.expert).sum()),
+            torch.bincount(plain.expert, minlength=experts),
+            torch.bincount(served.expert, minlength=experts),
+        )
 
     def finish(self, original: Head, quantized: Head) -> dict[str, Any]:
         """The report's `evidence`."""
@@ -71,7 +99,7 @@ class Evaluation:
             self.numbers, _sequences(self.plain), _sequences(self.served), strict=True
         ):
             if number < windows:
-                targets = self.questions.windows[number, 1:]
+                targets = self.questions.scored(number)
                 own[number] = self._window(original, quantized, plain, served, targets)
             else:
                 prompt = self.questions.prompts[number - windows]
@@ -82,7 +110,7 @@ class Evaluation:
         found = {number: one for rank in self.ranks.everyone(own) for number, one in rank.items()}
         return {
             "likelihood": self._likelihood([found[number] for number in range(windows)]),
-            "routing": self.routing,
+            "layers": self.layers,
             "retrieval": self._retrieval([found[number] for number in range(windows, len(found))]),
         }
 
@@ -95,7 +123,8 @@ class Evaluation:
         targets: torch.Tensor,
     ) -> Window:
         there = targets.to(plain.device)
-        parts = [part.split(POSITIONS_AT_ONCE) for part in (plain[:-1], served[:-1], there)]
+        before = slice(-len(targets) - 1, -1)  # the positions that predict them
+        parts = [part.split(POSITIONS_AT_ONCE) for part in (plain[before], served[before], there)]
         return compared(
             (_scores(self.config, original, x), _scores(self.config, quantized, y), wanted)
             for x, y, wanted in zip(*parts, strict=True)
@@ -107,16 +136,35 @@ class Evaluation:
         return retrieval.exact(scores.argmax(dim=-1), prompt)
 
     def _likelihood(self, windows: Sequence[Window]) -> dict[str, Any]:
-        collected = Likelihood()
-        for window in windows:
-            collected.add(window)
-        return collected.summary(self.questions.digest)
+        asked = self.questions
+        found = summary(windows)
+        for side, bits in bits_per_byte(windows, asked.nbytes()).items():
+            found[side]["bits_per_byte"] = bits
+        return {
+            **found,
+            "digest": asked.digest,
+            "text": asked.text,
+            "stride": asked.stride or asked.windows.shape[1] - 1,
+            "worst": worst(windows, list(asked.windows), asked.decode),
+        }
 
     def _retrieval(self, answers: Sequence[Sequence[bool]]) -> dict[str, Any] | None:
         if not answers:
             return None
         plain, served = zip(*answers, strict=True)
         return retrieval.summary(self.questions.prompts, plain, served, self.questions.seed)
+
+
+def _routed(found: Sequence[RoutedTokens]) -> dict[str, Any]:
+    """The report's lines on one layer's router, from those of all ranks; none of a dense one."""
+    if not found:
+        return {"agreement": None, "load_original": None, "load_quantized": None}
+    same, plain, served = (sum(parts) for parts in zip(*found, strict=True))
+    return {
+        "agreement": same / int(plain.sum()),
+        "load_original": plain.tolist(),
+        "load_quantized": served.tolist(),
+    }
 
 
 def _sequences(batches: Store) -> Iterator[torch.Tensor]:

@@ -213,16 +213,14 @@ def _retrieval(report: Report) -> float | None:
 
 
 def _worst_routing(report: Report) -> float | None:
-    layers = _entries(report, "evidence.routing")
+    layers = _entries(report, "evidence.layers")
     if layers is None:
         return None
-    shares = []
-    for layer in layers:
-        share = _number(layer, "agreement")
-        if share is None:
-            return None
-        shares.append(share)
-    # A model without routed experts has an empty list: nothing is routed differently. NaN, which
+    if any("agreement" not in layer for layer in layers):  # null in a dense one
+        return None
+    found = [_number(layer, "agreement") for layer in layers]
+    shares = [share for share in found if share is not None]
+    # A model without routed experts has none: nothing is routed differently. NaN, which
     # compares with nothing, counts as the worst.
     return min(shares, key=lambda share: (share == share, share), default=1.0)
 

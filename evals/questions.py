@@ -15,6 +15,7 @@ from llama4q.errors import UserError
 from llama4q.text import evaluation_tokens, parse_source
 
 from .needle import NeedlePrompt, needle_prompts
+from .passages import Decode
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,19 @@ class Questions:
     digest: str  # of the windows
     prompts: Sequence[NeedlePrompt]
     seed: int  # of the prompts
+    decode: Decode  # token ids to text
+    text: str = ""  # where the windows are from
+    stride: int | None = None  # tokens from window to window, where they overlap
+
+    def scored(self, window: int) -> torch.Tensor:
+        """The tokens of a window that no earlier one has scored, `[n]`; they are its last ones."""
+        tokens = self.windows[window, 1:]
+        return tokens[-self.stride :] if window and self.stride else tokens
+
+    def nbytes(self) -> int:
+        """Of the scored text, in UTF-8."""
+        every = [self.scored(window) for window in range(len(self.windows))]
+        return len(self.decode(torch.cat(every).tolist()).encode())
 
 
 @dataclass(frozen=True)
@@ -43,12 +57,20 @@ def ask(
     windows: int,
     length: int,
     needles: Needles,
+    stride: int | None = None,
 ) -> Questions:
-    """`windows` of `length` tokens from a text source, and prompts with its tokens as haystack.
+    """`windows` of `length` tokens from a text source, `stride` tokens apart, and prompts with its
+    tokens as haystack.
 
     Raises UserError when the text cannot be read or is too little, or a prompt is impossible.
     """
-    read = evaluation_tokens(parse_source(text), tokenizer, windows=windows, length=length)
+    if stride is not None and not 0 < stride < length:
+        raise UserError(
+            f"windows of {length} tokens, {stride} apart, would leave some out; "
+            f"choose a stride of 1 to {length - 1} tokens"
+        )
+    source = parse_source(text)
+    read = evaluation_tokens(source, tokenizer, windows=windows, length=length, stride=stride)
 
     def encode(words: str) -> list[int]:
         ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
@@ -66,4 +88,6 @@ def ask(
         )
     except ValueError as error:
         raise UserError(f"needle prompts: {error}") from None
-    return Questions(read.tokens, read.digest, prompts, needles.seed)
+    return Questions(
+        read.tokens, read.digest, prompts, needles.seed, tokenizer.decode, source.name, stride
+    )

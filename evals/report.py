@@ -86,7 +86,7 @@ def _name(checkpoint: Mapping[str, Any]) -> str | None:
 def _comparison(report: Report) -> str:
     rows = [
         *_likelihood_rows(_part(report, "evidence", "likelihood")),
-        *_routing_rows(_part(report, "evidence").get("routing") or []),
+        *_routing_rows(_part(report, "evidence").get("layers") or []),
         *_retrieval_rows(_part(report, "evidence", "retrieval")),
         *_size_rows(report),
     ]
@@ -120,6 +120,7 @@ def _uncertain(side: Mapping[str, Any]) -> str:
 
 
 def _routing_rows(layers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    layers = [layer for layer in layers if layer["agreement"] is not None]
     if not layers:
         return []
     worst = min(layers, key=lambda layer: layer["agreement"])
@@ -251,9 +252,7 @@ def _rescues(report: Report) -> str:
 def _footer(report: Report) -> str:
     evidence = _part(report, "evidence")
     lines = [_fit(_part(report, "fit"))]
-    missing = [
-        part for part in ("likelihood", "routing", "retrieval") if evidence.get(part) is None
-    ]
+    missing = [part for part in ("likelihood", "layers", "retrieval") if evidence.get(part) is None]
     if missing:
         lines.append(f"not measured: {', '.join(missing)}")
     seconds = _part(report, "seconds").get("total")

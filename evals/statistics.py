@@ -7,10 +7,12 @@ windows, not over tokens. Pure functions of tensors; knows nothing of models or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,21 @@ def percentile(values: torch.Tensor, percent: float) -> float:
     above = min(below + 1, len(ordered) - 1)
     low, high = float(ordered[below]), float(ordered[above])
     return low + (rank - below) * (high - low)
+
+
+def resampled(
+    clusters: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor], seed: int = 0
+) -> tuple[float, float]:
+    """A 95 % interval by bootstrap over clusters; what is paired must be in one cluster.
+
+    `clusters` `[C, K]` holds K sums for each cluster, `statistic` takes their totals over drawn
+    clusters, `[R, K]`, to `[R]`. Percentiles of RESAMPLES draws with replacement (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13).
+    """
+    count = len(clusters)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+    times = torch.zeros(RESAMPLES, count, dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(times))
+    values = statistic(times @ clusters.double())
+    return percentile(values, 2.5), percentile(values, 97.5)

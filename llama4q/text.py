@@ -324,16 +324,19 @@ def pack(
     length: int,
     source: TextSource,
     longer: str = "",
+    stride: int | None = None,
 ) -> torch.Tensor:
     """Documents joined by the end-of-text token, cut into [rows, length] of int64.
 
-    Every row is the begin-of-text token and the next `length` - 1 tokens of the joined text.
-    `longer` says what took of the same text before, if anything did.
+    Every row is the begin-of-text token and the next `length` - 1 tokens of the joined text, or
+    those that lie `stride` behind the row before. `longer` says what took of the same text before,
+    if anything did.
     Raises UserError when there is too little text.
     """
     check_size(rows, length)
     begin, end = _begin_and_end(tokenizer)
-    needed = rows * (length - 1)
+    step = stride or length - 1
+    needed = (rows - 1) * step + length - 1
     stream: list[int] = []
     for ids in encoded:
         stream += [*ids, end] if ids else []
@@ -341,7 +344,7 @@ def pack(
             break
     if len(stream) < needed:
         raise UserError(_too_little(source, len(stream), rows, length, longer))
-    cut = torch.tensor(stream[:needed], dtype=torch.int64).view(rows, length - 1)
+    cut = torch.tensor(stream[:needed], dtype=torch.int64).unfold(0, length - 1, step)
     return torch.cat([torch.full((rows, 1), begin, dtype=torch.int64), cut], dim=1)
 
 
@@ -393,9 +396,16 @@ def token_digest(batches: Iterable[torch.Tensor]) -> str:
 
 
 def evaluation_tokens(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, *, windows: int, length: int
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    windows: int,
+    length: int,
+    stride: int | None = None,
 ) -> TokenSet:
-    """The first `windows` x `length` tokens of the text, in order and without overlap.
+    """The first `windows` windows of `length` tokens of the text, in order.
+
+    They begin `stride` tokens apart; without one they do not overlap.
 
     The shipped text is its held-out part. Raises UserError when there is too little text.
     """
@@ -405,7 +415,7 @@ def evaluation_tokens(
         encode(document[:limit] if isinstance(document, str) else document, tokenizer)
         for document in documents(source, "heldout.txt")
     )
-    tokens = pack(encoded, tokenizer, windows, length, source)
+    tokens = pack(encoded, tokenizer, windows, length, source, stride=stride)
     return token_set(tokens, f"{source.name}: the first {windows} windows of {length} tokens")
 
 

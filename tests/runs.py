@@ -67,7 +67,12 @@ def questions(folder: Path) -> Questions:
     prompts = [
         NeedlePrompt(tuple(row.tolist()), 37, 40, 0.5) for row in tokens(folder, 2, 40, seed=8)
     ]
-    return Questions(tokens(folder, 2, 64, seed=9), "digest", prompts, 0)
+    return Questions(tokens(folder, 2, 64, seed=9), "digest", prompts, 0, words)
+
+
+def words(ids: list[int]) -> str:
+    """A text for tokens that stand for none."""
+    return " ".join(map(str, ids))
 
 
 def run(

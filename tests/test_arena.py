@@ -92,7 +92,7 @@ def test_the_judge_against_eval_and_transformers(tmp_path: Path) -> None:
     evidence = compare(readers[0], readers[1], questions, lambda: None)
     assert found["kl_mean"] == pytest.approx(evidence["likelihood"]["kl_mean"], rel=1e-5)
     assert sum(found["kl"]) / len(found["kl"]) == pytest.approx(found["kl_mean"], rel=1e-5)
-    agreement = min(record["agreement"] for record in evidence["routing"])
+    agreement = min(record["agreement"] for record in evidence["layers"])
     # compare counts the prompts' tokens in one call, the judge in the same batches
     assert found["routing"] == pytest.approx(agreement)
     assert sum(found["needles"]) == round(2 * evidence["retrieval"]["quantized"])

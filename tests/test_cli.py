@@ -168,7 +168,7 @@ def test_eval_of_a_model_against_itself(source: Path) -> None:
     evidence = parsed("eval", source, "--against", source, *MEASURED)["evidence"]
     assert evidence["likelihood"]["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert evidence["likelihood"]["top1_agreement"] == 1
-    assert [layer["agreement"] for layer in evidence["routing"]] == [1, 1]
+    assert [layer["agreement"] for layer in evidence["layers"]] == [1, 1]
 
 
 def test_a_table_for_people(source: Path, output: Path, report: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +31,98 @@ def evidence(source: Path, quantized: Path, questions: Questions) -> dict[str, A
     return compare(reader(source), reader(quantized), questions, lambda: None)
 
 
+@dataclass(frozen=True)
+class Naive:
+    """A model as transformers runs it: log-probabilities `[S, T - 1, vocabulary]`, F64, hidden
+    states after each layer but the last, and which expert of each layer every token goes to."""
+
+    logprobs: torch.Tensor
+    hidden: list[torch.Tensor]
+    experts: list[torch.Tensor]
+
+
+def naive(folder: Path, windows: torch.Tensor) -> Naive:
+    model = tiny.transformers_model(folder)
+    experts: list[torch.Tensor] = []
+    for layer in model.language_model.model.layers:
+        if hasattr(layer.feed_forward, "router"):
+            layer.feed_forward.router.register_forward_hook(
+                lambda module, inputs, found: experts.append(found[1].argmax(-1))
+            )
+    found = model(input_ids=windows, output_hidden_states=True)
+    logprobs = functional.log_softmax(found.logits[:, :-1].double(), dim=-1)
+    return Naive(logprobs, list(found.hidden_states[1:-1]), experts)  # the last one is normed
+
+
 @pytest.mark.parametrize("kind", [tiny.SCOUT, tiny.MAVERICK])
 @torch.inference_mode()
-def test_likelihood_and_routing_against_transformers(kind: tiny.Variant, tmp_path: Path) -> None:
+def test_every_figure_against_transformers(kind: tiny.Variant, tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "source", kind)
     report = runs.run(source, tmp_path / "out", "int4")
     windows = runs.tokens(source, 5, 90, seed=11)
-    found = evidence(source, tmp_path / "out", Questions(windows, "digest", [], 0))
-    plain, served = [tiny.transformers_model(folder) for folder in (source, tmp_path / "out")]
-    logprobs = [
-        functional.log_softmax(model(input_ids=windows).logits[:, :-1].double(), dim=-1)
-        for model in (plain, served)
-    ]
+    found = evidence(source, tmp_path / "out", Questions(windows, "digest", [], 0, runs.words))
+    plain, served = naive(source, windows), naive(tmp_path / "out", windows)
     targets = windows[:, 1:, None]
-    perplexities = [float(torch.exp(-each.gather(2, targets).mean())) for each in logprobs]
-    divergence = (logprobs[0].exp() * (logprobs[0] - logprobs[1])).sum(-1)
-    agree = (logprobs[0].argmax(-1) == logprobs[1].argmax(-1)).double().mean()
+    losses = [-each.logprobs.gather(2, targets).squeeze(2) for each in (plain, served)]
+    divergence = (plain.logprobs.exp() * (plain.logprobs - served.logprobs)).sum(-1)
+    best = [each.logprobs.topk(5, dim=-1).indices for each in (plain, served)]
+    shared = (best[0][..., :, None] == best[1][..., None, :]).any(-1).double().mean()
     likelihood = found["likelihood"]
-    assert likelihood["original"]["perplexity"] == pytest.approx(perplexities[0], rel=1e-4)
-    assert likelihood["quantized"]["perplexity"] == pytest.approx(perplexities[1], rel=1e-4)
+    for side, loss in zip(("original", "quantized"), losses, strict=True):
+        assert likelihood[side]["perplexity"] == pytest.approx(float(loss.mean().exp()), rel=1e-4)
+        length = len(runs.words(windows[:, 1:].flatten().tolist()))
+        bits = float(loss.sum()) / math.log(2) / length
+        assert likelihood[side]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    increase = float((losses[1].mean() - losses[0].mean()).expm1())
+    assert likelihood["perplexity_increase"] == pytest.approx(increase, rel=1e-3)
     assert likelihood["kl_mean"] == pytest.approx(float(divergence.mean()), rel=1e-3)
-    assert likelihood["kl_p99"] == pytest.approx(float(divergence.quantile(0.99)), rel=1e-2)
-    assert likelihood["top1_agreement"] == pytest.approx(float(agree), abs=0.005)
+    for name, share in (("kl_median", 0.5), ("kl_p99", 0.99), ("kl_p999", 0.999), ("kl_max", 1)):
+        expected = float(divergence.quantile(share))
+        assert likelihood[name] == pytest.approx(expected, rel=1e-2), name
+    same = float((best[0][..., 0] == best[1][..., 0]).double().mean())
+    assert likelihood["top1_agreement"] == pytest.approx(same, abs=0.005)
+    assert likelihood["top5_agreement"] == pytest.approx(float(shared), abs=0.002)
     assert likelihood["tokens"] == 5 * 89
-    assert [record["layer"] for record in found["routing"]] == sorted(
-        read_config(source).moe_layers
-    )
-    assert all(0.5 < record["agreement"] <= 1 for record in found["routing"])
+    worst = likelihood["worst"][0]
+    assert worst["kl"] == likelihood["kl_max"]
+    place = divergence.argmax()
+    assert (worst["window"], worst["position"] - 1) == divmod(int(place), 89)
+    assert worst["token"] == str(int(targets.flatten()[place]))
+    assert worst["original"] == str(int(best[0].flatten(0, 1)[place, 0]))
+    assert worst["quantized"] == str(int(best[1].flatten(0, 1)[place, 0]))
+    moe = sorted(read_config(source).moe_layers)
+    assert [one["layer"] for one in found["layers"]] == [*range(read_config(source).num_layers)]
+    for one, x, y in zip(found["layers"], plain.hidden, served.hidden, strict=False):
+        energy, error = x.double().square().sum(), (x - y).double().square().sum()
+        assert one["hidden_error"] == pytest.approx(float(error / energy), rel=1e-3)
+    for index, x, y in zip(moe, plain.experts, served.experts, strict=True):
+        one = found["layers"][index]
+        assert one["agreement"] == pytest.approx(float((x == y).double().mean()), abs=0.005)
+        for side, chosen in (("load_original", x), ("load_quantized", y)):
+            loads = torch.bincount(chosen.flatten(), minlength=read_config(source).num_experts)
+            assert (loads - torch.tensor(one[side])).abs().max() <= 2
+    dense = [one for one in found["layers"] if one["layer"] not in moe]
+    assert all(one["agreement"] is None and one["load_original"] is None for one in dense)
     assert report["evidence"]["likelihood"]["kl_mean"] > 0
+
+
+@torch.inference_mode()
+def test_windows_that_overlap_score_each_token_once(tmp_path: Path) -> None:
+    """With what stands before it in its window, by transformers."""
+    source = tiny.write(tmp_path / "source", tiny.SCOUT)
+    runs.run(source, tmp_path / "out", "int4")
+    stream = runs.tokens(source, 1, 1 + 99 + 2 * 25, seed=13)[0]
+    windows = torch.stack(
+        [torch.cat((stream[:1], stream[1 + at : 100 + at])) for at in (0, 25, 50)]
+    )
+    questions = Questions(windows, "digest", [], 0, runs.words, stride=25)
+    found = evidence(source, tmp_path / "out", questions)["likelihood"]
+    logprobs = naive(source, windows).logprobs.gather(2, windows[:, 1:, None]).squeeze(2)
+    scored = [logprobs[0], logprobs[1, -25:], logprobs[2, -25:]]
+    assert found["tokens"] == 99 + 25 + 25
+    expected = float((-torch.cat(scored).mean()).exp())
+    assert found["original"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert found["stride"] == 25
 
 
 def test_a_checkpoint_against_itself_has_no_divergence(tmp_path: Path) -> None:
@@ -64,7 +130,8 @@ def test_a_checkpoint_against_itself_has_no_divergence(tmp_path: Path) -> None:
     found = evidence(source, source, runs.questions(source))
     assert found["likelihood"]["kl_mean"] == 0
     assert found["likelihood"]["top1_agreement"] == 1
-    assert {record["agreement"] for record in found["routing"]} == {1.0}
+    assert found["likelihood"]["intervals"]["perplexity_increase"] == [0, 0]
+    assert {record["agreement"] for record in found["layers"]} == {1.0}
     assert found["retrieval"]["original"] == found["retrieval"]["quantized"]
 
 
@@ -80,7 +147,7 @@ def test_retrieval_against_greedy_generation(tmp_path: Path) -> None:
         if number % 2:
             generated[-1] = (generated[-1] + 1) % 512
         prompts.append(NeedlePrompt(tuple(generated.tolist()), 50, 54, (number % 2) / 2))
-    questions = Questions(runs.tokens(source, 1, 20), "digest", prompts, 0)
+    questions = Questions(runs.tokens(source, 1, 20), "digest", prompts, 0, runs.words)
     found = evidence(source, source, questions)["retrieval"]
     assert found["original"] == 0.5
     assert [(cell["depth"], cell["original"]) for cell in found["cells"]] == [
@@ -107,9 +174,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     other = tiny.write(tmp_path / "other", tiny.Variant(layers=2))
     with pytest.raises(UserError, match="models of different sizes"):
         evidence(source, other, runs.questions(source))
-    long = Questions(torch.zeros(1, 5000, dtype=torch.int64), "digest", [], 0)
+    long = Questions(torch.zeros(1, 5000, dtype=torch.int64), "digest", [], 0, runs.words)
     with pytest.raises(UserError, match="reads at most 4096"):
         Evaluation(read_config(source), long)
-    strange = Questions(torch.full((1, 9), 512), "digest", [], 0)
+    strange = Questions(torch.full((1, 9), 512), "digest", [], 0, runs.words)
     with pytest.raises(UserError, match="outside the model's vocabulary of 512"):
         evidence(source, source, strange)

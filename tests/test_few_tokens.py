@@ -20,7 +20,7 @@ from calibrate.layer import LayerQuantizer, Part
 from calibrate.leaves import deal
 from calibrate.routing import views
 from calibrate.streams import Streams
-from evals.likelihood import Likelihood, compared
+from evals.likelihood import compared, summary
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import ModelConfig, read_config
 from llama4q.hidden import Spool
@@ -127,7 +127,7 @@ def divergence(scene: Scene, checkpoint: Checkpoint) -> float:
     served = LayerReader(checkpoint, scene.config, torch.float32)
     tokenizer = load_tokenizer(scene.source)
     windows = evaluation_tokens(parse_source(None), tokenizer, windows=16, length=512)
-    collected = Likelihood()
+    collected = []
     with torch.inference_mode():
         streams = [embed(scene.reader.embedding(), [windows.tokens]) for _ in range(2)]
         for index in range(scene.config.num_layers):
@@ -142,8 +142,8 @@ def divergence(scene: Scene, checkpoint: Checkpoint) -> float:
             windows.tokens, streams[0][0], streams[1][0], strict=True
         ):
             scores = [logits(scene.config, head, hidden[:-1]) for hidden in (original, other)]
-            collected.add(compared([(scores[0], scores[1], window[1:])]))
-    return float(collected.summary("")["kl_mean"])
+            collected.append(compared([(scores[0], scores[1], window[1:])]))
+    return float(summary(collected)["kl_mean"])
 
 
 def with_experts(layer: DecoderLayer, taken: Mapping[int, Mlp]) -> DecoderLayer:

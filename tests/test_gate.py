@@ -27,7 +27,7 @@ GOOD: dict[str, Any] = {
             "kl_p99": 0.05,
             "top1_agreement": 0.97,
         },
-        "routing": [{"layer": 0, "agreement": 0.99}, {"layer": 1, "agreement": 0.95}],
+        "layers": [{"layer": 0, "agreement": 0.99}, {"layer": 1, "agreement": 0.95}],
         "retrieval": {"digest": "bbbb", "original": 0.98, "quantized": 0.97},
     },
 }
@@ -40,7 +40,7 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("evidence.likelihood.top1_agreement", 0.89, "top-1 agreement"),
     ("evidence.likelihood.quantized.perplexity", 10.4, "perplexity increase"),
     ("evidence.retrieval.quantized", 0.9, "retrieval"),
-    ("evidence.routing", [{"agreement": 0.95}, {"agreement": 0.8}], "routing agreement, worst"),
+    ("evidence.layers", [{"agreement": 0.95}, {"agreement": 0.8}], "routing agreement, worst"),
     ("rescues", [{"tensor": "a", "kind": "fallback"}], "fallbacks"),
 ]
 
@@ -97,8 +97,8 @@ def test_an_empty_report_fails_all_that_is_asked() -> None:
         ("evidence.likelihood.kl_mean", float("nan")),
         ("evidence.likelihood.top1_agreement", float("nan")),
         ("evidence.likelihood.quantized.perplexity", float("inf")),
-        ("evidence.routing", [{"agreement": 0.99}, {"agreement": float("nan")}]),
-        ("evidence.routing", [{"agreement": 0.99}, {"layer": 1}]),
+        ("evidence.layers", [{"agreement": 0.99}, {"agreement": float("nan")}]),
+        ("evidence.layers", [{"agreement": 0.99}, {"layer": 1}]),
         ("evidence.retrieval.original", 0.0),
     ],
 )
@@ -107,7 +107,7 @@ def test_figures_that_say_nothing_fail(path: str, value: object) -> None:
 
 
 def test_a_model_without_experts_routes_nothing_differently() -> None:
-    assert check(altered("evidence.routing", []), DEFAULT_THRESHOLDS).passed
+    assert check(altered("evidence.layers", []), DEFAULT_THRESHOLDS).passed
 
 
 def test_a_limit_is_met_by_the_limit_itself() -> None:
@@ -169,7 +169,7 @@ def test_nothing_to_check_is_an_error() -> None:
         ("evidence", "none", "evidence.likelihood.kl_mean should be an object but is 'none'"),
         ("evidence.likelihood.kl_mean", "0.1", "kl_mean should be a number but is '0.1'"),
         ("evidence.likelihood.kl_mean", True, "kl_mean should be a number but is 'True'"),
-        ("evidence.routing", {"0": 0.9}, "evidence.routing should be a list of objects"),
+        ("evidence.layers", {"0": 0.9}, "evidence.layers should be a list of objects"),
         ("rescues", ["damping"], "rescues should be a list of objects"),
     ],
 )

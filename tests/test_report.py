@@ -37,7 +37,7 @@ FULL: dict[str, Any] = {
             "top1_agreement": 0.97,
             "units": "nats per token",
         },
-        "routing": [{"layer": 1, "agreement": 0.99}, {"layer": 3, "agreement": 0.95}],
+        "layers": [{"layer": 1, "agreement": 0.99}, {"layer": 3, "agreement": 0.95}],
         "retrieval": {
             "prompts": 16,
             "original": 1.0,
@@ -216,12 +216,12 @@ def test_anything_may_be_missing(path: tuple[str, ...]) -> None:
     text = render(without(*path))
     assert "None" not in text
     if path[0] == "evidence" and len(path) < 3:
-        missing = path[1:] or ("likelihood, routing, retrieval",)
+        missing = path[1:] or ("likelihood, layers, retrieval",)
         assert f"not measured: {missing[0]}" in text
 
 
 def test_an_empty_report_names_what_was_not_measured() -> None:
-    assert render({"llama4q": "0.1.0"}) == "not measured: likelihood, routing, retrieval"
+    assert render({"llama4q": "0.1.0"}) == "not measured: likelihood, layers, retrieval"
 
 
 def test_a_verdict_is_a_table_and_an_answer() -> None:

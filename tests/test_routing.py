@@ -79,7 +79,7 @@ def test_more_tokens_keep_their_expert_on_the_pocket_model(tmp_path: Path) -> No
         solver = Solver(beams=1, routing_weight=weight)
         recipe = dataclasses.replace(load_recipe("int3"), solver=solver)
         report = runs.run(source, tmp_path / str(weight), recipe, drawn.tokens, asked=asked)
-        routing = report["evidence"]["routing"]
+        routing = report["evidence"]["layers"]
         agreed.append(sum(record["agreement"] for record in routing) / len(routing))
     assert 1 - agreed[1] < 0.95 * (1 - agreed[0])
 

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from evals.statistics import Estimate, clustered_mean, percentile, perplexity
+from evals.statistics import Estimate, clustered_mean, percentile, perplexity, resampled
 
 
 def clusters_with_a_level_of_their_own(
@@ -91,3 +91,18 @@ def test_nothing_measured_is_an_error() -> None:
         clustered_mean([])
     with pytest.raises(ValueError, match="at least one value"):
         percentile(torch.tensor([]), 50)
+
+
+def test_a_bootstrap_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """The ratio of two sums over clusters of different sizes, measured 400 times."""
+    generator = torch.Generator().manual_seed(5)
+    held = 0
+    for _ in range(400):
+        sizes = torch.randint(5, 40, (40,), generator=generator)
+        drawn = clusters_with_a_level_of_their_own(40, 40, generator)
+        sums = torch.stack([row[:size].sum() for row, size in zip(drawn, sizes, strict=True)])
+        low, high = resampled(
+            torch.stack([sums, sizes], dim=1), lambda found: found[:, 0] / found[:, 1]
+        )
+        held += low <= 2 <= high
+    assert 0.91 <= held / 400 <= 0.98

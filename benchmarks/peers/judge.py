@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from evals import retrieval
-from evals.likelihood import Likelihood, compared
+from evals.likelihood import compared, summary
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import ModelConfig, read_config
@@ -50,20 +50,20 @@ def see(folder: Path, questions: Questions) -> Seen:
 
 def verdict(original: Seen, contestant: Seen, questions: Questions) -> dict[str, Any]:
     """The figures of one contestant; `kl` and `loss` have one mean for each window."""
-    likelihood = Likelihood()
+    windows = []
     with torch.inference_mode():
         for number, window in enumerate(questions.windows):
             plain, served = (_scores(seen, number)[:-1] for seen in (original, contestant))
-            likelihood.add(compared([(plain, served, window[1:])]))
-    summary = likelihood.summary(questions.digest)
+            windows.append(compared([(plain, served, window[1:])]))
+    figures = summary(windows)
     return {
-        "kl": [float(window.double().mean()) for window in likelihood.divergence],
-        "loss": [float(window.double().mean()) for window in likelihood.quantized],
-        "kl_mean": summary["kl_mean"],
-        "kl_p99": summary["kl_p99"],
-        "top1": summary["top1_agreement"],
-        "perplexity": summary["quantized"]["perplexity"],
-        "original_perplexity": summary["original"]["perplexity"],
+        "kl": [float(window.divergence.double().mean()) for window in windows],
+        "loss": [float(window.quantized.double().mean()) for window in windows],
+        "kl_mean": figures["kl_mean"],
+        "kl_p99": figures["kl_p99"],
+        "top1": figures["top1_agreement"],
+        "perplexity": figures["quantized"]["perplexity"],
+        "original_perplexity": figures["original"]["perplexity"],
         "routing": _routing(original.routings, contestant.routings),
         "needles": [_found(contestant, questions, number) for number in _prompts(questions)],
     }
