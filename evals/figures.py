@@ -6,6 +6,7 @@ tensors, nor of how a figure was measured.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from llama4q.errors import UserError
 
-from .proportions import Z, Interval, difference, wilson
+from .proportions import Interval, Z, difference, wilson
 
 Report = Mapping[str, Any]
 
@@ -38,6 +39,14 @@ class Section(Enum):
         """Of what both models read; None where the report doesn't say."""
         found = _find(report, f"evidence.{self.value}.digest")
         return None if found is None else str(found)
+
+
+def same_sample(section: Section | None, report: Report, other: Report) -> bool:
+    """Whether two reports are about the same tokens or prompts, so that figures can be compared."""
+    if section is None:
+        return True
+    digest = section.digest(report)
+    return digest is not None and digest == section.digest(other)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,12 @@ class Figure:
     by: str = ""  # what its readings are of, where it has several
     estimated: bool = False  # it comes with an interval
     relative: bool = False  # to the original, 0 is no difference
+
+    def at(self, place: str) -> str:
+        """A place in words."""
+        if self.by == "length" and place.isdecimal():
+            return f"{int(place):,} tokens"
+        return f"{self.by} {place}"
 
 
 # --- entries of a report ---
@@ -151,6 +166,20 @@ def _agreement(report: Report) -> Sequence[Reading]:
     if layers is None:
         return [Reading(None)]
     return _of_layers((one for one in layers if one.get("agreement", 0) is not None), "agreement")
+
+
+def _jump(report: Report) -> Sequence[Reading]:
+    """By how much a layer multiplies the error that it meets; without one its own error.
+
+    Tells a fault from its echo: the layers behind a bad one have a large error, but no jump.
+    """
+    before = 0.0
+    jumps = []
+    for error in _hidden_error(report):
+        jump = error.value / before if error.value is not None and before else error.value
+        jumps.append(dataclasses.replace(error, value=jump))
+        before = error.value or 0.0
+    return jumps
 
 
 def _of_layers(layers: Iterable[Report], key: str) -> list[Reading]:
@@ -263,6 +292,7 @@ _ALL = (
     ),
     Figure("likelihood.perplexity", "perplexity", _perplexity, _TOKENS, estimated=True),
     Figure("layers.hidden_error", "hidden-state error", _hidden_error, _TOKENS, by="layer"),
+    Figure("layers.jump", "jump of the hidden-state error", _jump, _TOKENS, by="layer"),
     Figure(
         "layers.agreement", "routing agreement (share of tokens)", _agreement, _TOKENS,
         larger_is_better=True, by="layer",
@@ -272,7 +302,7 @@ _ALL = (
         _PROMPTS, larger_is_better=True, estimated=True,
     ),
     Figure(
-        "retrieval.difference", "retrieval, against the original", 
+        "retrieval.difference", "retrieval, against the original",
         _retrieval(_whole, "difference"), _PROMPTS, larger_is_better=True, estimated=True,
         relative=True,
     ),
