@@ -42,7 +42,7 @@ def remarks(verdict: Verdict) -> list[str]:
     found = [f"{remark}: {', '.join(dict.fromkeys(names))}" for remark, names in said.items()]
     if verdict.unasked:
         found.append(f"not asked without --baseline: {verdict.unasked} limits")
-    looks = dict.fromkeys(line.look for line in verdict.lines if line.look)
+    looks = dict.fromkeys(_printable(line.look) for line in verdict.lines if line.look)
     return found + [f"look at {look}" for look in looks]
 
 
@@ -68,22 +68,23 @@ def junit(verdict: Verdict) -> str:
         "failures": str(counts[Answer.FAIL]),
         "errors": str(counts[Answer.UNDECIDED]),
     }
-    root = ElementTree.Element("testsuites", name="llama4q check", **totals)
-    suite = ElementTree.SubElement(root, "testsuite", name="llama4q check", skipped="0", **totals)
+    root = ElementTree.Element("testsuites", totals | {"name": "llama4q check"})
+    suite = ElementTree.SubElement(root, "testsuite", root.attrib | {"skipped": "0"})
     for line in verdict.lines:
         limit = line.limit
         name = f"{_at(limit.figure.name, limit.place)} {limit.kind.value}"
         case = ElementTree.SubElement(
-            suite, "testcase", name=_printable(name), classname="llama4q.check", time="0"
+            suite, "testcase", name=name, classname="llama4q.check", time="0"
         )
         if line.answer is not Answer.PASS:
             kind = "failure" if line.answer is Answer.FAIL else "error"
             found = ElementTree.SubElement(
-                case, kind, type=line.answer.name.lower(), message=_printable(_sentence(line))
+                case, kind, type=line.answer.name.lower(), message=_sentence(line)
             )
             found.text = _printable(line.look or line.remark)
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return f"{text.decode()}\n"
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def _name(line: Line) -> str:
 
 
 def _at(name: str, place: str) -> str:
-    return f"{name}.{place}" if place else name
+    return _printable(f"{name}.{place}" if place else name)
 
 
 def _value(line: Line) -> str:
@@ -161,5 +162,5 @@ def _number(value: float) -> str:
 
 
 def _printable(text: str) -> str:
-    """XML has no way to write most control characters."""
+    """A task's name comes from a file; XML cannot hold control characters, nor a row a new line."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

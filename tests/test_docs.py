@@ -14,13 +14,15 @@ from typing import Any
 import click
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from calibrate.codes import Rescue
 from calibrate.run import predicted_bytes
 from cli import main
-from evals.gate import DEFAULT_THRESHOLDS
+from evals.figures import FIGURES
+from evals.policy import KEYS, SETTINGS, load_policy
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import parse_config, read_config
 from llama4q.export import quantization_config
@@ -34,6 +36,7 @@ from . import test_inspect, tiny
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs/guide.md").read_text()
+CI = (ROOT / "docs/ci.md").read_text()
 FORMAT = (ROOT / "docs/format.md").read_text()
 DESIGN = (ROOT / "docs/design.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -90,11 +93,36 @@ def test_guide_explains_every_option_of_a_command(name: str, option: click.Optio
         assert row[0].strip("`") == str(shown)
 
 
-def test_guide_has_the_default_limits() -> None:
-    table = rows(section(GUIDE, "### check"))
-    limits = {option.name: option.opts[0] for name, option in options() if name == "check"}
-    for field, limit in dataclasses.asdict(DEFAULT_THRESHOLDS).items():
-        assert table[f"`{limits[field]}`"][0] == ("none" if limit is None else str(limit))
+def test_guide_has_every_figure_and_key_of_a_policy() -> None:
+    text = section(GUIDE, "### check")
+    table = rows(text)
+    for name, figure in FIGURES.items():
+        meaning, kind, *_ = table[f"`{name}`"]
+        assert meaning
+        assert kind == ("min" if figure.larger_is_better else "max")
+    [example] = blocks(text, "")
+    for key in (*KEYS, *SETTINGS):
+        assert key in example or f"`{key}`" in text, key
+
+
+def test_guide_shows_a_policy(tmp_path: Path) -> None:
+    [example] = blocks(section(GUIDE, "### check"), "")
+    (tmp_path / "gate.toml").write_text(example)
+    assert len(load_policy(tmp_path / "gate.toml").limits) == 6
+
+
+def test_the_page_on_ci_shows_commands_that_parse() -> None:
+    """And each step of the workflow that it comes with."""
+    steps = yaml.safe_load((ROOT / "docs/workflows/accuracy.yml").read_text())["jobs"]["accuracy"]
+    commands = [step["run"] for step in steps["steps"] if "run" in step]
+    commands += "\n".join(blocks(CI, "(?:sh)?")).splitlines()
+    shown = [shlex.split(command, comments=True) for command in commands]
+    ours = [words[1:] for words in shown if words[:1] == ["llama4q"]]
+    assert {words[0] for words in ours} == {"quantize", "eval", "check"}
+    for name, *arguments in ours:
+        arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
+        if "--show-policy" not in arguments:
+            main.commands[name].make_context(name, arguments)
 
 
 def test_guide_shows_commands_that_parse() -> None:
