@@ -14,7 +14,7 @@ import click
 
 from llama4q import __version__
 from llama4q.errors import UserError
-from llama4q.ranks import Ranks, join, leave_at_once, speaker
+from llama4q.ranks import ALONE, Ranks, join, leave_at_once, speaker
 from llama4q.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from calibrate.work import Texts
     from evals.questions import Questions
     from llama4q.config import ModelConfig
+    from llama4q.hidden import Spool
     from llama4q.hub import Source
     from llama4q.machine import Budget
     from llama4q.recipe import Calibration, Recipe
@@ -461,11 +462,17 @@ def _chosen(drawn: CalibrationSet, settings: Calibration, reader: LayerReader) -
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report here."
 )
+@click.option(
+    "--memory", metavar="SIZE",
+    help="What the run may use of the host, as in 16GB. What hidden states need beyond that lies "
+    "in temporary files (TMPDIR).  [default: nine tenths of what is free]",
+)  # fmt: skip
 @evaluation_options
 def evaluate(
     quantized: str,
     against: str,
     out: Path | None,
+    memory: str | None,
     dtype: str,
     device: str | None,
     as_json: bool,
@@ -497,9 +504,10 @@ def evaluate(
         for side, config in zip((original, other), configs, strict=True)
     ]
     questions = _questions(load_tokenizer(original.folder), **measured_on)
+    spool = _spool(configs[0], questions, memory, where)
     layers = readers[0].config.num_layers
     with tqdm(total=layers, unit="layer", dynamic_ncols=True, disable=None) as bar:
-        evidence = compare(readers[0], readers[1], questions, bar.update)
+        evidence = compare(readers[0], readers[1], questions, bar.update, spool)
     report = {
         **_provenance(original, other.folder),
         "quantized": {"name": other.name, "bytes": _nbytes(other)},
@@ -510,6 +518,23 @@ def evaluate(
         with writing(out):
             write_atomically(out, to_json(report))
     click.echo(_json(report) if as_json else render(report))
+
+
+def _spool(
+    config: ModelConfig, questions: Questions, memory: str | None, device: torch.device
+) -> Spool:
+    """Where an evaluation's hidden states lie, in what all else leaves of the memory."""
+    from evals.footprint import held
+    from llama4q.hidden import Spool
+
+    budget, needed = _budget(memory, device, ALONE), held(config, questions)
+    if needed > budget.host:
+        limit = "--memory gives it" if memory else "no more is free than"
+        raise UserError(
+            f"memory: the evaluation needs {needed / 1e9:.1f} GB beside hidden states, and {limit} "
+            f"{budget.host / 1e9:.1f} GB; free some, or choose shorter windows and prompts"
+        )
+    return Spool(budget.host - needed, device=device)
 
 
 @main.command()

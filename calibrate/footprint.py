@@ -6,28 +6,25 @@ what the code holds at its worst moment; each figure says of what. Knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from llama4q import footprint
 from llama4q.config import ModelConfig
 from llama4q.recipe import Method, Recipe
 from llama4q.schemes import Scheme
-from llama4q.stream import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
+from llama4q.stream import TOKENS_AT_ONCE
 from llama4q.weights import Component
 
 from .gather import MOST_ROWS
 from .layer import EXPERTS_AT_ONCE, POOL_ROWS
 from .leaves import LEAVES
 from .target import HALVES
-from .work import Alike, Shape, Texts, tokens, weights_of
+from .work import Alike, Texts, tokens, weights_of
 
-ROW, EXACT = 2, 4  # bytes of a value in BF16, of weights and streams, and in F32, of all the rest
+ROW, EXACT = footprint.BF16, footprint.F32  # of weights and streams, and of all the rest
 SKEW = 2.5  # tokens of the busiest expert over the mean
-
-# Interpreter, PyTorch and the product libraries' own buffers, tokenizer and text: 0.36 GB before
-# the first token was drawn.
-RUNTIME_BYTES = 600 * 10**6
 
 
 class Place(Enum):
@@ -110,25 +107,20 @@ def busiest(alike: Alike) -> int:
 def stages(config: ModelConfig, recipe: Recipe, texts: Texts, ranks: int = 1) -> Iterator[Stage]:
     """Everything that one of so many ranks goes through; layers that are alike come again."""
     always = (
-        Piece("runtime", RUNTIME_BYTES, Place.HOST),
+        Piece("runtime", footprint.RUNTIME, Place.HOST),
         Piece("routers of all layers", _router_views(config)),
         Piece("tensors on their way to the GPU", _staging(config), Place.STAGING),
     )
-    table = Piece("embedding or head", ROW * config.vocab_size * config.hidden_size)
+    table = Piece("embedding or head", footprint.table(config))
+    predictions = Piece("predictions", footprint.predictions(config, texts.windows))
     yield Stage("embedding", (*always, table))
-    yield Stage("predictions", (*always, table, _predictions(config, texts.windows)))
+    yield Stage("predictions", (*always, table, predictions))
     for index in range(config.num_layers):
         resident = (*always, *_resident(config, index))
-        attention = _attention(config, texts.calibration + texts.evaluation)
-        yield Stage("attention", (*resident, attention))
+        attention = footprint.attention(config, texts.calibration + texts.evaluation)
+        yield Stage("attention", (*resident, Piece("workspace of the forward", attention)))
         for stage in _solving(config, recipe, index, tokens(texts.calibration), ranks):
             yield Stage(stage.name, (*resident, *stage.pieces))
-
-
-def _predictions(config: ModelConfig, windows: Sequence[Shape]) -> Piece:
-    """Of some positions: logits of both models, in BF16, F32 and as logarithms, and their KL."""
-    longest = max((length for _, length in windows), default=0)
-    return Piece("predictions", 24 * min(longest, POSITIONS_AT_ONCE) * config.vocab_size)
 
 
 def _router_views(config: ModelConfig) -> int:
@@ -148,31 +140,12 @@ def _staging(config: ModelConfig) -> int:
 
 def _resident(config: ModelConfig, index: int) -> Iterator[Piece]:
     """The layer in work and what is read ahead: the next layer, or an expert and the next one."""
-    yield Piece("layer", _layer(config, index))
+    yield Piece("layer", footprint.layer(config, index))
     following = min(index + 1, config.num_layers - 1)
-    yield Piece("next layer, read ahead", _layer(config, following))
+    yield Piece("next layer, read ahead", footprint.layer(config, following))
     if index in config.moe_layers:
-        expert = 3 * ROW * config.hidden_size * config.expert_size
-        yield Piece("expert", expert)
-        yield Piece("next expert, read ahead", expert)
-
-
-def _layer(config: ModelConfig, index: int) -> int:
-    """A layer without its routed experts."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    size = config.dense_size
-    if index in config.moe_layers:
-        heads += config.num_experts
-        size = config.expert_size
-    return ROW * config.hidden_size * (heads + 3 * size)
-
-
-def _attention(config: ModelConfig, shapes: Sequence[Shape]) -> Piece:
-    """One call: 18 bytes a value of the stream, in BF16 and once in F32 for the norm; 24 for each
-    of queries and outputs, rotated in F32, and of keys and values, repeated for all heads."""
-    rows = max(length * max(1, TOKENS_AT_ONCE // length) for _, length in shapes)
-    heads = config.num_heads * config.head_dim
-    return Piece("workspace of the forward", rows * (18 * config.hidden_size + 24 * heads))
+        yield Piece("expert", footprint.expert(config))
+        yield Piece("next expert, read ahead", footprint.expert(config))
 
 
 def _solving(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from llama4q.config import ModelConfig
+from llama4q.footprint import Shape
 from llama4q.products import SQUARE_BLOCK
 from llama4q.recipe import Method, Recipe, Solver, planned
 from llama4q.schemes import Scheme
@@ -25,8 +26,6 @@ from .outputs import BLOCKS
 from .target import COLUMNS, HALVES
 
 BF16_BYTES = 2  # of a weight in the source
-
-Shape = tuple[int, int]  # sequences and tokens of each
 
 
 class Phase(StrEnum):

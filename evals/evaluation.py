@@ -19,7 +19,7 @@ from llama4q.hidden import Spool, Store
 from llama4q.model import DecoderLayer, Head, Routing, logits
 from llama4q.prefetch import prefetched
 from llama4q.ranks import ALONE, Ranks
-from llama4q.stream import POSITIONS_AT_ONCE, advance, embed, split_rows
+from llama4q.stream import POSITIONS_AT_ONCE, advance, embed, pieces_of, split_rows
 from llama4q.weights import LayerReader
 
 from . import retrieval
@@ -75,10 +75,12 @@ class Evaluation:
         )
 
     def _errors(self) -> list[tuple[float, float]]:
-        """Energy of each batch's hidden states, and of what sets the models' apart."""
+        """Energy of the hidden states, piece by piece, and of what sets the models' apart."""
         return [
-            (float(x.double().square().sum()), float((x - y).double().square().sum()))
-            for x, y in zip(self.plain, self.served, strict=True)
+            (_energy(x), _energy(x.double() - y.double()))
+            for x, y in (
+                (self.plain.rows(piece), self.served.rows(piece)) for piece in pieces_of(self.plain)
+            )
         ]
 
     def _routing(self, plain: Routing | None, served: Routing | None) -> RoutedTokens | None:
@@ -155,6 +157,10 @@ class Evaluation:
         return retrieval.summary(self.questions.prompts, plain, served, self.questions.seed)
 
 
+def _energy(values: torch.Tensor) -> float:
+    return float(values.double().square().sum())
+
+
 def _routed(found: Sequence[RoutedTokens]) -> dict[str, Any]:
     """The report's lines on one layer's router, from those of all ranks; none of a dense one."""
     if not found:
@@ -189,8 +195,11 @@ def compare(
     quantized: LayerReader,
     questions: Questions,
     layer_done: Callable[[], None],
+    spool: Spool | None = None,
 ) -> dict[str, Any]:
     """The evidence for any two checkpoints of one architecture, streamed beside each other.
+
+    Hidden states lie in `spool`; without one, in memory.
 
     Raises UserError when the two are not of the same sizes.
     """
@@ -207,7 +216,7 @@ def compare(
         )
     evaluation = Evaluation(config, questions)
     embedding = original.embedding()
-    evaluation.start(embedding, Spool(device=embedding.device))
+    evaluation.start(embedding, spool or Spool(device=embedding.device))
     del embedding
 
     def both(index: int) -> tuple[DecoderLayer, DecoderLayer]:

@@ -16,8 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from .config import ModelConfig
+
+POSITIONS_TOGETHER = 8192  # of one sequence in attention
+QUERIES_TOGETHER = 1024  # of them where a mask is made: [queries, T]
 
 
 @dataclass(frozen=True)
@@ -132,24 +136,86 @@ def feed_forward_input(
 
 
 def attention(config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
-    """What `o` is applied to: `[S, T, D]` -> `[S, T, H * head_dim]`."""
-    normed = rms_norm(hidden, layer.input_norm, config.rms_eps)
-    q = (normed @ layer.q).unflatten(-1, (config.num_heads, config.head_dim))
+    """What `o` is applied to: `[S, T, D]` -> `[S, T, H * head_dim]`.
+
+    Of a long sequence POSITIONS_TOGETHER are in work at a time; a global layer holds the keys and
+    values of all.
+    """
+    length = hidden.shape[1]
+    if layer.index in config.chunked_layers:
+        step = max(POSITIONS_TOGETHER // config.chunk_size, 1) * config.chunk_size
+        return torch.cat(
+            [
+                _chunked_attention(*_heads(config, layer, hidden, span), config.chunk_size)
+                for span in _spans(0, length, step)
+            ],
+            dim=1,
+        )
+    whole = slice(0, min(length, POSITIONS_TOGETHER))
+    first = _heads(config, layer, hidden, whole)
+    mixed = [_causal_attention(*first)]
+    if whole.stop == length:
+        return mixed[0]
+
+    def normed(span: slice) -> torch.Tensor:
+        return rms_norm(hidden[:, span], layer.input_norm, config.rms_eps)
+
+    pairs = [
+        first[1:],
+        *(
+            _keys_values(config, layer, normed(span), span)
+            for span in _spans(whole.stop, length, POSITIONS_TOGETHER)
+        ),
+    ]
+    k, v = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*pairs, strict=True))
+    for span in _spans(whole.stop, length, QUERIES_TOGETHER):
+        q = _queries(config, layer, normed(span), span).transpose(1, 2)
+        mixed.append(_last_attention(q, k[:, :, : span.stop], v[:, :, : span.stop]))
+    return torch.cat(mixed, dim=1)
+
+
+def _spans(start: int, stop: int, step: int) -> list[slice]:
+    """Positions, so many at a time."""
+    return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+
+def _heads(
+    config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor, span: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries `[S, n, H, head_dim]`, keys and values `[S, n, KV, head_dim]` of some positions."""
+    normed = rms_norm(hidden[:, span], layer.input_norm, config.rms_eps)
+    return _queries(config, layer, normed, span), *_keys_values(config, layer, normed, span)
+
+
+def _queries(
+    config: ModelConfig, layer: DecoderLayer, normed: torch.Tensor, span: slice
+) -> torch.Tensor:
+    q: torch.Tensor = (normed @ layer.q).unflatten(-1, (config.num_heads, config.head_dim))
+    positions = torch.arange(span.start, span.stop, device=normed.device)
+    if layer.index in config.rope_layers:
+        return _with_positions(config, q, positions)
+    if config.temperature_tuning:
+        q = (q * temperature(config, positions)[:, None, None]).to(q.dtype)
+    return q
+
+
+def _keys_values(
+    config: ModelConfig, layer: DecoderLayer, normed: torch.Tensor, span: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
     k = (normed @ layer.k).unflatten(-1, (config.num_kv_heads, config.head_dim))
     v = (normed @ layer.v).unflatten(-1, (config.num_kv_heads, config.head_dim))
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
     if layer.index in config.rope_layers:
-        angles = rotary_angles(config, positions)
-        q, k = rotate(q, angles), rotate(k, angles)
-        if config.qk_norm:
-            q, k = _normalized(q, config.rms_eps), _normalized(k, config.rms_eps)
-    elif config.temperature_tuning:
-        q = (q * temperature(config, positions)[:, None, None]).to(q.dtype)
-    repeats = config.num_heads // config.num_kv_heads
-    k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
-    if layer.index in config.chunked_layers:
-        return _chunked_attention(q, k, v, config.chunk_size)
-    return _causal_attention(q, k, v)
+        positions = torch.arange(span.start, span.stop, device=normed.device)
+        k = _with_positions(config, k, positions)
+    return k, v
+
+
+def _with_positions(
+    config: ModelConfig, heads: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Queries or keys of a layer with rotary positions."""
+    turned = rotate(heads, rotary_angles(config, positions))
+    return _normalized(turned, config.rms_eps) if config.qk_norm else turned
 
 
 def _chunked_attention(
@@ -168,11 +234,22 @@ def _chunked_attention(
 
 
 def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`[S, T, H, head_dim]` each -> `[S, T, H * head_dim]`; the kernel builds no mask."""
+    """`[S, T, heads, head_dim]` each -> `[S, T, H * head_dim]`; the kernel builds no mask."""
+    repeats = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     with _fused(q.device):
         mixed = functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
         )
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _last_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Queries `[S, H, n, head_dim]` of the last positions that keys and values
+    `[S, KV, T, head_dim]` have -> `[S, n, H * head_dim]`."""
+    seen = causal_lower_right(q.shape[2], k.shape[2])
+    with _fused(q.device):
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
     return mixed.transpose(1, 2).flatten(2)
 
 

@@ -126,11 +126,7 @@ class Passing:
 
     def everywhere(self) -> list[slice]:
         """All tokens, in pieces of at most TOKENS_AT_ONCE."""
-        return [
-            slice(start, min(start + TOKENS_AT_ONCE, batch.stop))
-            for batch in self.hidden.slices()
-            for start in range(batch.start, batch.stop, TOKENS_AT_ONCE)
-        ]
+        return pieces_of(self.hidden)
 
     def reaching(self, expert: int) -> list[Where]:
         """The tokens that are routed to an expert, in such pieces."""
@@ -179,6 +175,15 @@ class Passing:
             moved = self.hidden[number] + self.added[number]
             check_activations(self.layer.index, moved)
             self.hidden[number] = moved
+
+
+def pieces_of(hidden: Store) -> list[slice]:
+    """All rows, at most TOKENS_AT_ONCE of one batch together."""
+    return [
+        slice(start, min(start + TOKENS_AT_ONCE, batch.stop))
+        for batch in hidden.slices()
+        for start in range(batch.start, batch.stop, TOKENS_AT_ONCE)
+    ]
 
 
 def pieces(rows: torch.Tensor) -> list[Where]:

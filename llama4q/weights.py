@@ -14,10 +14,11 @@ from typing import overload
 
 import torch
 
-from . import bnb
+from . import bnb, foreign
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import UserError
+from .foreign import ForeignSchemes
 from .model import DecoderLayer, Head, Linear, Mlp, Moe
 from .packing import is_quantized, unpack
 from .prefetch import prefetched
@@ -35,6 +36,7 @@ class LayerReader:
         self.checkpoint = checkpoint
         self.config = config
         self.dtype = dtype
+        self.foreign = ForeignSchemes(checkpoint.folder)
 
     def layer(self, index: int) -> DecoderLayer:
         config, prefix = self.config, self.config.layer_prefix(index)
@@ -108,12 +110,12 @@ class LayerReader:
             self._check_shape(f"{name}.weight", (outputs, inputs))
             weight = self._cast(f"{name}.weight", self.checkpoint.get(f"{name}.weight"))
             return Linear(weight.T)
+        if (scheme := self.foreign.of(name)) is not None:
+            read, served = foreign.read(self.checkpoint, name, scheme)
+            self._check_codes(name, (read.shape[1], read.shape[0]), (inputs, outputs))
+            return Linear(self._cast(f"{name}.weight_scale", read).T, served)
         stored = unpack(self.checkpoint, name)
-        if stored.shape != (inputs, outputs):
-            raise UserError(
-                f"{self.checkpoint.folder}: {name} has codes for {stored.shape}, "
-                f"config.json says {(inputs, outputs)}"
-            )
+        self._check_codes(name, stored.shape, (inputs, outputs))
         scale = "weight" if stored.scheme.bitsandbytes else "weight_scale"
         weight = self._cast(f"{name}.{scale}", stored.dequantize())
         return Linear(weight, served_inputs(stored.scheme))
@@ -140,6 +142,12 @@ class LayerReader:
         if found != shape:
             raise UserError(
                 f"{self.checkpoint.folder}: {name} has shape {found}, config.json says {shape}"
+            )
+
+    def _check_codes(self, name: str, found: tuple[int, int], shape: tuple[int, int]) -> None:
+        if found != shape:
+            raise UserError(
+                f"{self.checkpoint.folder}: {name} has codes for {found}, config.json says {shape}"
             )
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ tests/test_bad_input.py has what is refused. The authority on evidence is a seco
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import cli
 from evals.figures import FIGURES
 from llama4q import __version__
 from llama4q.checkpoint import Checkpoint
+from llama4q.hidden import Spool
 from llama4q.recipe import shipped_recipes
 
 from . import reports, tiny
@@ -163,6 +165,28 @@ def test_eval_measures_what_quantize_said(
     assert measured["quantized"] == report["quantized"]
     assert measured["source"] == report["source"]
     assert json.loads((tmp_path / "r.json").read_text()) == measured
+
+
+def test_eval_under_a_budget(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states go to files, and the evidence is the same; with less it says what it needs."""
+    files: list[Any] = []
+    made = Spool._file
+
+    def file(spool: Spool) -> Any:
+        files.append(made(spool))
+        return files[-1]
+
+    monkeypatch.setattr(Spool, "_file", file)
+    command = ("eval", output, "--against", source, *MEASURED)
+    refused = ran(*command, "--memory", "0.2GB")
+    found = re.match(r"Error: memory: the evaluation needs ([0-9.]+) GB beside", refused.stderr)
+    assert found
+    in_memory = parsed(*command)["evidence"]
+    assert not files
+    least = float(found[1]) * 1e9 + 0.06e9  # the figure is rounded
+    monkeypatch.setattr("evals.footprint.held", lambda config, questions: int(least - 1))
+    assert parsed(*command, "--memory", f"{least:.0f}")["evidence"] == in_memory
+    assert len(files) > 4
 
 
 def test_eval_of_a_model_against_itself(source: Path) -> None:

@@ -52,3 +52,16 @@ def test_chunks_and_temperature_matter(tmp_path: Path) -> None:
         assert switch in config
         (folder / "config.json").write_text(config.replace(switch, value))
         assert (our_logits(folder, tokens) - before).abs().max() > 1e-3, switch
+
+
+@torch.inference_mode()
+def test_long_sequences_in_pieces_against_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that hold two chunks, and queries of global layers a few at a time."""
+    monkeypatch.setattr("llama4q.model.POSITIONS_TOGETHER", 70)  # two chunks of 32
+    monkeypatch.setattr("llama4q.model.QUERIES_TOGETHER", 24)
+    folder = tiny.write(tmp_path / "model", tiny.SCOUT)
+    tokens = torch.randint(0, 512, (2, 300), generator=torch.Generator().manual_seed(2))
+    theirs = tiny.transformers_model(folder)(input_ids=tokens).logits
+    torch.testing.assert_close(our_logits(folder, tokens), theirs, atol=1e-4, rtol=0)
