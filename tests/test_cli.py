@@ -384,7 +384,8 @@ def test_check_takes_the_report_of_a_run(output: Path, report: dict[str, Any]) -
     verdict = json.loads(ran("check", path, *options, "--baseline", path, "--json").stdout)
     answers = {line["figure"]: line["answer"] for line in verdict["lines"]}
     assert set(answers) == set(FIGURES)
-    assert {name for name, answer in answers.items() if answer == "undecided"} == set()
+    undecided = {name for name, answer in answers.items() if answer == "undecided"}
+    assert not {name for name in undecided if not name.startswith("retrieval.")}
 
 
 EVERY_FIGURE = [

@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,44 +94,48 @@ def test_guide_explains_every_option_of_a_command(name: str, option: click.Optio
 
 
 def test_guide_has_every_figure_and_key_of_a_policy() -> None:
-    text = section(GUIDE, "### check")
+    text = section(section(GUIDE, "## Commands"), "### check")
     table = rows(text)
     for name, figure in FIGURES.items():
         meaning, kind, *_ = table[f"`{name}`"]
         assert meaning
-        assert kind == ("min" if figure.larger_is_better else "max")
-    [example] = blocks(text, "")
+        assert kind == ("`min`" if figure.larger_is_better else "`max`")
+    [example] = blocks(text, "toml")
     for key in (*KEYS, *SETTINGS):
         assert key in example or f"`{key}`" in text, key
 
 
 def test_guide_shows_a_policy(tmp_path: Path) -> None:
-    [example] = blocks(section(GUIDE, "### check"), "")
+    [example] = blocks(section(section(GUIDE, "## Commands"), "### check"), "toml")
     (tmp_path / "gate.toml").write_text(example)
     assert len(load_policy(tmp_path / "gate.toml").limits) == 6
 
 
-def test_the_page_on_ci_shows_commands_that_parse() -> None:
-    """And each step of the workflow that it comes with."""
-    steps = yaml.safe_load((ROOT / "docs/workflows/accuracy.yml").read_text())["jobs"]["accuracy"]
-    commands = [step["run"] for step in steps["steps"] if "run" in step]
-    commands += "\n".join(blocks(CI, "(?:sh)?")).splitlines()
-    shown = [shlex.split(command, comments=True) for command in commands]
-    ours = [words[1:] for words in shown if words[:1] == ["llama4q"]]
-    assert {words[0] for words in ours} == {"quantize", "eval", "check"}
-    for name, *arguments in ours:
-        arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
-        if "--show-policy" not in arguments:
-            main.commands[name].make_context(name, arguments)
-
-
 def test_guide_shows_commands_that_parse() -> None:
     lines = "\n".join(blocks(GUIDE, "sh")).splitlines()
-    shown = [shlex.split(line, comments=True) for line in lines if line.startswith("llama4q")]
-    shown = [words[1:] for words in shown if "[options]" not in words]
-    assert {words[0] for words in shown} >= set(main.commands)
-    for name, *arguments in (words for words in shown if not words[0].startswith("-")):
-        main.commands[name].make_context(name, arguments)
+    shown = parsed(line for line in lines if "[options]" not in line)
+    assert shown >= set(main.commands)
+
+
+def test_the_page_on_ci_shows_commands_that_parse() -> None:
+    """And so do the steps of the workflow that it comes with."""
+    [job] = yaml.safe_load((ROOT / "docs/workflows/accuracy.yml").read_text())["jobs"].values()
+    assert parsed(step["run"] for step in job["steps"] if "run" in step) == {"eval", "check"}
+    lines = "\n".join(blocks(CI, "sh")).splitlines()
+    assert parsed(lines) == {"quantize", "eval", "check"}
+
+
+def parsed(lines: Iterable[str]) -> set[str]:
+    """The commands of llama4q among some lines of a shell, each with arguments that it takes."""
+    names = set()
+    for line in lines:
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        if words[:1] == ["llama4q"] and not words[1].startswith("-"):
+            name, *arguments = words[1:]
+            names.add(name)
+            if "--show-policy" not in arguments:  # which prints and ends
+                main.commands[name].make_context(name, arguments)
+    return names
 
 
 def test_guide_names_every_device() -> None:
@@ -139,7 +143,7 @@ def test_guide_names_every_device() -> None:
 
 
 def test_guide_teaches_the_whole_recipe() -> None:
-    [example] = blocks(GUIDE, "toml")
+    [example] = blocks(section(GUIDE, "## Recipes"), "toml")
     recipe = parse_recipe(example, "the guide")
     assert recipe.calibration == Calibration()
     assert recipe.solver == Solver()
