@@ -19,7 +19,7 @@ from llama4q.errors import UserError
 
 from .diagnosis import where_to_look
 from .figures import Reading, Report, same_sample
-from .policy import Limit, Policy
+from .policy import Kind, Limit, Policy
 
 SCHEMA = 2  # of reports; files of another one are refused
 
@@ -125,11 +125,9 @@ class _Question:
         return dataclasses.replace(worst, look=look)
 
     def _judged(self, reading: Reading) -> Line:
-        missing = self._missing(reading)
-        if missing:
-            return self._undecided(reading, missing)
-        limit, value = self.limit, reading.value
-        assert value is not None
+        limit, value, missing = self.limit, reading.value, self._missing(reading)
+        if value is None or missing:
+            return self._undecided(reading, missing or "not in the report")
         before = self._before(reading)
         bound = limit.bound(0.0 if before is None else before)
         interval = None if limit.strict else reading.interval
@@ -146,10 +144,10 @@ class _Question:
         return Line(limit, reading, bound, before, answer, remark)
 
     def _missing(self, reading: Reading) -> str:
-        """Why a reading decides nothing; empty where it does."""
+        """What a value does not have that it needs; empty where there is enough, or no value."""
         limit, section = self.limit, self.limit.figure.section
         if reading.value is None:
-            return "not in the report"
+            return ""
         if section is not None:
             sample = section.sample(self.report) if reading.prompts is None else reading.prompts
             least = self.policy.least(section)
@@ -175,9 +173,11 @@ class _Question:
 
 
 def _badness(line: Line) -> tuple[int, float]:
-    """By answer, then by how far beyond its bound."""
+    """By answer, then by how far beyond its bound: in the figure's unit, or as a ratio is meant."""
     value, bound = line.reading.value, line.bound
     if value is None or bound is None:
         return SEVERITY.index(line.answer), math.inf
     beyond = bound - value if line.limit.figure.larger_is_better else value - bound
+    if line.limit.kind is Kind.BASELINE_RATIO and line.before:
+        beyond /= line.before
     return SEVERITY.index(line.answer), beyond

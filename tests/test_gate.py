@@ -215,6 +215,13 @@ def test_limits_relative_to_a_baseline(
     assert only(check(GOOD, limits, altered(changes))).answer is Answer.PASS  # better is not wrong
 
 
+def test_the_layer_that_is_worse_by_the_largest_ratio_is_shown(tmp_path: Path) -> None:
+    """Layer 0 by a half; layer 3 by more, but by a quarter of what it was."""
+    worse = {"evidence.layers.0.hidden_error": 0.003, "evidence.layers.3.hidden_error": 0.00875}
+    limits = policy("[layers.hidden_error]\nbaseline_ratio = 1.1", tmp_path)
+    assert only(check(altered(worse), limits, GOOD)).reading.place == "0"
+
+
 def test_a_baseline_that_cannot_be_compared_decides_nothing(tmp_path: Path) -> None:
     limits = policy("[layers.hidden_error]\nbaseline_ratio = 1.1", tmp_path)
     for baseline, why in (
