@@ -520,6 +520,33 @@ def evaluate(
     click.echo(_json(report) if as_json else render(report))
 
 
+@main.command(
+    "lm-eval",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def harness(arguments: tuple[str, ...]) -> None:
+    """The command line of lm-evaluation-harness, with the model `llama4q` in it.
+
+    Log-likelihood tasks on a checkpoint of any size, streamed from its files. Needs the extra
+    [harness].
+
+    \b
+    llama4q lm-eval --model llama4q --model_args pretrained=scout-int4 --tasks arc_challenge
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import evals.harness  # noqa: F401 - registers the model
+    except ImportError as error:
+        raise UserError(
+            f"lm-evaluation-harness is not here ({error}); pip install 'llama4q[harness]'"
+        ) from None
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+
+
 def _spool(
     config: ModelConfig, questions: Questions, memory: str | None, device: torch.device
 ) -> Spool:
