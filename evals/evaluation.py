@@ -7,7 +7,6 @@ of how codes are found.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,27 +15,35 @@ import torch
 from llama4q.config import ModelConfig
 from llama4q.errors import UserError
 from llama4q.hidden import Spool, Store
-from llama4q.model import DecoderLayer, Head, Routing, logits
+from llama4q.model import DecoderLayer, Head, logits
 from llama4q.prefetch import prefetched
 from llama4q.ranks import ALONE, Ranks
-from llama4q.stream import POSITIONS_AT_ONCE, advance, embed, pieces_of, split_rows
+from llama4q.stream import POSITIONS_AT_ONCE, embed, passed, split_rows
 from llama4q.weights import LayerReader
 
 from . import retrieval
+from .layers import Sums, sums
 from .likelihood import Window, bits_per_byte, compared, summary
 from .needle import NeedlePrompt
 from .passages import worst
 from .questions import Questions
-
-# tokens that both models send to the same expert, and how many each one sends to each
-RoutedTokens = tuple[int, torch.Tensor, torch.Tensor]
+from .settings import other_settings
 
 
 class Evaluation:
     """A LayerObserver that carries two streams of hidden states and compares them."""
 
-    def __init__(self, config: ModelConfig, questions: Questions, ranks: Ranks = ALONE) -> None:
-        """Raises UserError for windows or prompts longer than the model reads."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        questions: Questions,
+        ranks: Ranks = ALONE,
+        served_config: ModelConfig | None = None,
+    ) -> None:
+        """`served_config` is the quantized model's, where it may be another one.
+
+        Raises UserError for windows or prompts longer than the model reads.
+        """
         longest = max([questions.windows.shape[1], *(p.length for p in questions.prompts)])
         if longest > config.max_positions:
             raise UserError(
@@ -44,6 +51,7 @@ class Evaluation:
                 f"{config.max_positions}; choose shorter windows and prompts"
             )
         self.config = config
+        self.served_config = served_config or config
         self.questions = questions
         self.ranks = ranks
         asked = retrieval.digest(questions.prompts)
@@ -61,37 +69,11 @@ class Evaluation:
         self.served = spool.copy(self.plain)
 
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
-        plain = advance(self.config, original, self.plain)
-        served = advance(self.config, quantized, self.served)
-        found = self.ranks.everyone((self._errors(), self._routing(plain, served)))
-        # exact sums, so that they do not depend on who found what
-        energies, errors = zip(*(pair for errors, _ in found for pair in errors), strict=True)
-        self.layers.append(
-            {
-                "layer": original.index,
-                "hidden_error": math.fsum(errors) / math.fsum(energies),
-                **_routed([routing for _, routing in found if routing is not None]),
-            }
-        )
-
-    def _errors(self) -> list[tuple[float, float]]:
-        """Energy of the hidden states, piece by piece, and of what sets the models' apart."""
-        return [
-            (_energy(x), _energy(x.double() - y.double()))
-            for x, y in (
-                (self.plain.rows(piece), self.served.rows(piece)) for piece in pieces_of(self.plain)
-            )
-        ]
-
-    def _routing(self, plain: Routing | None, served: Routing | None) -> RoutedTokens | None:
-        if plain is None or served is None:
-            return None
-        experts = self.config.num_experts
-        return (
-            int((plain.expert == served.expert).sum()),
-            torch.bincount(plain.expert, minlength=experts),
-            torch.bincount(served.expert, minlength=experts),
-        )
+        plain = passed(self.config, original, self.plain)
+        served = passed(self.served_config, quantized, self.served)
+        # sums are exact, so that they do not depend on who found what
+        found = Sums([part for rank in self.ranks.everyone(sums(plain, served)) for part in rank])
+        self.layers.append({"layer": original.index, **found.to_json()})
 
     def finish(self, original: Head, quantized: Head) -> dict[str, Any]:
         """The report's `evidence`."""
@@ -114,6 +96,7 @@ class Evaluation:
             "likelihood": self._likelihood([found[number] for number in range(windows)]),
             "layers": self.layers,
             "retrieval": self._retrieval([found[number] for number in range(windows, len(found))]),
+            "other_settings": other_settings(self.config, self.served_config),
         }
 
     def _window(
@@ -128,7 +111,7 @@ class Evaluation:
         before = slice(-len(targets) - 1, -1)  # the positions that predict them
         parts = [part.split(POSITIONS_AT_ONCE) for part in (plain[before], served[before], there)]
         return compared(
-            (_scores(self.config, original, x), _scores(self.config, quantized, y), wanted)
+            (_scores(self.config, original, x), _scores(self.served_config, quantized, y), wanted)
             for x, y, wanted in zip(*parts, strict=True)
         )
 
@@ -155,22 +138,6 @@ class Evaluation:
             return None
         plain, served = zip(*answers, strict=True)
         return retrieval.summary(self.questions.prompts, plain, served, self.questions.seed)
-
-
-def _energy(values: torch.Tensor) -> float:
-    return float(values.double().square().sum())
-
-
-def _routed(found: Sequence[RoutedTokens]) -> dict[str, Any]:
-    """The report's lines on one layer's router, from those of all ranks; none of a dense one."""
-    if not found:
-        return {"agreement": None, "load_original": None, "load_quantized": None}
-    same, plain, served = (sum(parts) for parts in zip(*found, strict=True))
-    return {
-        "agreement": same / int(plain.sum()),
-        "load_original": plain.tolist(),
-        "load_quantized": served.tolist(),
-    }
 
 
 def _sequences(batches: Store) -> Iterator[torch.Tensor]:
@@ -214,7 +181,7 @@ def compare(
             f"{quantized.checkpoint.folder} and {original.checkpoint.folder} are models of "
             f"different sizes; compare a checkpoint with the one that it was made from"
         )
-    evaluation = Evaluation(config, questions)
+    evaluation = Evaluation(config, questions, served_config=quantized.config)
     embedding = original.embedding()
     evaluation.start(embedding, spool or Spool(device=embedding.device))
     del embedding

@@ -86,10 +86,15 @@ def advance(config: ModelConfig, layer: DecoderLayer, hidden: Store) -> Routing 
 
     Raises UserError when the activations stop being finite.
     """
+    return passed(config, layer, hidden).routing
+
+
+def passed(config: ModelConfig, layer: DecoderLayer, hidden: Store) -> Passing:
+    """The same; with what the feed-forward has added."""
     attend(hidden, (attention(config, layer, batch) for batch in hidden), layer.o)
     passing = Passing(config, layer, hidden)
     passing.advance()
-    return passing.routing
+    return passing
 
 
 def attend(hidden: Store, mixed: Iterator[torch.Tensor], output: Linear) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from evals import retrieval
@@ -34,24 +37,35 @@ def evidence(source: Path, quantized: Path, questions: Questions) -> dict[str, A
 @dataclass(frozen=True)
 class Naive:
     """A model as transformers runs it: log-probabilities `[S, T - 1, vocabulary]`, F64, hidden
-    states after each layer but the last, and which expert of each layer every token goes to."""
+    states after each layer but the last, what each layer's feed-forward adds `[S * T, D]`, F64,
+    and which expert of each layer every token goes to."""
 
     logprobs: torch.Tensor
     hidden: list[torch.Tensor]
+    added: list[torch.Tensor]
     experts: list[torch.Tensor]
 
 
 def naive(folder: Path, windows: torch.Tensor) -> Naive:
     model = tiny.transformers_model(folder)
     experts: list[torch.Tensor] = []
+    added: list[torch.Tensor] = []
+
+    def feed_forward(module: Any, inputs: Any, found: Any) -> None:
+        out = found[0] if isinstance(found, tuple) else found
+        added.append(out.flatten(0, -2).double())
+
     for layer in model.language_model.model.layers:
+        layer.feed_forward.register_forward_hook(feed_forward)
         if hasattr(layer.feed_forward, "router"):
             layer.feed_forward.router.register_forward_hook(
                 lambda module, inputs, found: experts.append(found[1].argmax(-1))
             )
     found = model(input_ids=windows, output_hidden_states=True)
     logprobs = functional.log_softmax(found.logits[:, :-1].double(), dim=-1)
-    return Naive(logprobs, list(found.hidden_states[1:-1]), experts)  # the last one is normed
+    return Naive(
+        logprobs, list(found.hidden_states[1:-1]), added, experts
+    )  # the last one is normed
 
 
 @pytest.mark.parametrize("kind", [tiny.SCOUT, tiny.MAVERICK])
@@ -95,15 +109,65 @@ def test_every_figure_against_transformers(kind: tiny.Variant, tmp_path: Path) -
     for one, x, y in zip(found["layers"], plain.hidden, served.hidden, strict=False):
         energy, error = x.double().square().sum(), (x - y).double().square().sum()
         assert one["hidden_error"] == pytest.approx(float(error / energy), rel=1e-3)
+    for one, x, y in zip(found["layers"], plain.added, served.added, strict=True):
+        assert one["gain"] == pytest.approx(float((x * y).sum() / x.square().sum()), abs=2e-3)
     for index, x, y in zip(moe, plain.experts, served.experts, strict=True):
         one = found["layers"][index]
         assert one["agreement"] == pytest.approx(float((x == y).double().mean()), abs=0.005)
         for side, chosen in (("load_original", x), ("load_quantized", y)):
             loads = torch.bincount(chosen.flatten(), minlength=read_config(source).num_experts)
             assert (loads - torch.tensor(one[side])).abs().max() <= 2
+        a, b = plain.added[index], served.added[index]
+        for expert, gain in enumerate(one["expert_gain"]):
+            rows = (x.flatten() == expert) & (y.flatten() == expert)
+            expected = float((a[rows] * b[rows]).sum() / a[rows].square().sum())
+            assert gain == pytest.approx(expected, abs=5e-3)
     dense = [one for one in found["layers"] if one["layer"] not in moe]
     assert all(one["agreement"] is None and one["load_original"] is None for one in dense)
     assert report["evidence"]["likelihood"]["kl_mean"] > 0
+
+
+@torch.inference_mode()
+def test_a_damaged_expert_is_named_by_its_gain(tmp_path: Path) -> None:
+    """Scales a twentieth too large: hardly more divergence, and yet no doubt who it is."""
+    source = tiny.write(tmp_path / "source", tiny.SCOUT)
+    runs.run(source, tmp_path / "out", "int4")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tmp_path / "out", damaged)
+    for shard in damaged.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if ".layers.2.feed_forward.experts.1." in name and name.endswith("weight_scale"):
+                tensors[name] = tensor * 1.05
+        save_file(tensors, shard, {"format": "pt"})
+    found = evidence(source, damaged, Questions(runs.tokens(source, 4, 500), "", [], 0, runs.words))
+    off = {
+        (one["layer"], expert): abs(gain / statistics.median(one["expert_gain"]) - 1)
+        for one in found["layers"]
+        for expert, gain in enumerate(one["expert_gain"])
+    }
+    [(worst, most), (_, next_one), *_] = sorted(off.items(), key=lambda item: -item[1])
+    assert worst == (2, 1)
+    assert most > 2 * next_one
+
+
+@torch.inference_mode()
+def test_settings_that_differ_are_named_and_obeyed(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "source", tiny.SCOUT)
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    raw = (other / "config.json").read_text()
+    (other / "config.json").write_text(
+        raw.replace('"attn_temperature_tuning": true', '"attn_temperature_tuning": false')
+    )
+    questions = Questions(runs.tokens(source, 2, 100), "", [], 0, runs.words)
+    found = evidence(source, other, questions)
+    assert found["other_settings"] == [
+        {"setting": "temperature_tuning", "original": "True", "quantized": "False"}
+    ]
+    errors = [one["hidden_error"] for one in found["layers"]]
+    assert errors[:3] == [0, 0, 0]  # layer 3 is the first global one
+    assert errors[3] > 0
 
 
 @torch.inference_mode()
