@@ -6,9 +6,12 @@ Knows nothing of limits or verdicts.
 from __future__ import annotations
 
 import math
+import statistics
 from itertools import pairwise
 
-from .figures import FIGURES, Figure, Report, Section, same_sample
+from .figures import FIGURES, Figure, Report, Section, entries, gains_of, same_sample
+
+STANDS_OUT = 10  # times the usual distance of an expert's gain from its neighbours'
 
 
 def where_to_look(figure: Figure, report: Report, baseline: Report) -> str:
@@ -16,9 +19,14 @@ def where_to_look(figure: Figure, report: Report, baseline: Report) -> str:
 
     A baseline about the same tokens tells a fault from what is large in any case; `{}` for none.
     """
-    if figure.section is Section.LIKELIHOOD:
+    if figure.name == "other_settings":
+        found = [_setting(one) for one in entries(report, "evidence.other_settings") or []]
+    elif figure.section is Section.LIKELIHOOD:
         known = same_sample(figure.section, report, baseline)
-        found = [_jump(report, baseline if known else {}), _routing(report)]
+        expert = _expert(report)
+        # without a baseline a jump may be what is usual there
+        jump = "" if expert and not known else _jump(report, baseline if known else {})
+        found = [jump, expert, _routing(report)]
     elif figure.section is Section.RETRIEVAL:
         found = [
             _fell_most(report, f"retrieval.{parts}.difference") for parts in ("tasks", "lengths")
@@ -42,6 +50,23 @@ def _jump(report: Report, baseline: Report) -> str:
     layer = max(growth, key=growth.__getitem__)
     compared = f", in the baseline {usual[layer]:.4g}" if layer in usual else ""
     return f"layer {layer}: hidden_error jumps to {errors[layer]:.4g}{compared}"
+
+
+def _expert(report: Report) -> str:
+    """The expert whose gain is far from those of its neighbours; empty where there is none."""
+    off = _by_place("layers.expert_gain", report)
+    place = max(off, key=off.__getitem__, default="")
+    if not place or off[place] <= STANDS_OUT * statistics.median(off.values()):
+        return ""
+    layer, _, expert = place.rpartition(".")
+    layers = entries(report, "evidence.layers") or []
+    [gains] = [gains_of(one) for one in layers if str(one.get("layer")) == layer]
+    gain, middle = gains[int(expert)], statistics.median(gains.values())
+    return f"layer {layer}, expert {expert}: gain {gain:.3f}, median of the layer {middle:.3f}"
+
+
+def _setting(one: Report) -> str:
+    return f"{one.get('setting')}: {one.get('quantized')}, in the original {one.get('original')}"
 
 
 def _routing(report: Report) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -182,6 +183,38 @@ def _jump(report: Report) -> Sequence[Reading]:
     return jumps
 
 
+def _expert_gain(report: Report) -> Sequence[Reading]:
+    """How far each expert's gain is from the median of its layer's.
+
+    An expert that no token reached in both models has null, a dense layer has null for all.
+    """
+    layers = entries(report, "evidence.layers")
+    if layers is None:
+        return [Reading(None)]
+    found = []
+    for one in layers:
+        layer = str(one.get("layer"))
+        if "expert_gain" not in one:
+            found.append(Reading(None, place=layer))
+        gains = gains_of(one)
+        middle = statistics.median(gains.values()) if gains else 0.0
+        found += [
+            Reading(abs(gain - middle), place=f"{layer}.{expert}") for expert, gain in gains.items()
+        ]
+    return found
+
+
+def gains_of(layer: Report) -> dict[int, float]:
+    """A layer's gains by expert, of the experts that have one."""
+    gains = layer.get("expert_gain") or []
+    if not isinstance(gains, list):
+        raise _malformed("expert_gain", "a list of numbers", gains)
+    every = {
+        expert: number({"expert_gain": gain}, "expert_gain") for expert, gain in enumerate(gains)
+    }
+    return {expert: gain for expert, gain in every.items() if gain is not None}
+
+
 def _of_layers(layers: Iterable[Report], key: str) -> list[Reading]:
     return [Reading(number(one, key), place=str(one.get("layer"))) for one in layers]
 
@@ -263,6 +296,11 @@ def _fallbacks(report: Report) -> Sequence[Reading]:
     return [Reading(sum(rescue.get("kind") == "fallback" for rescue in rescues))]
 
 
+def _other_settings(report: Report) -> Sequence[Reading]:
+    settings = entries(report, "evidence.other_settings")
+    return [Reading(None if settings is None else len(settings))]
+
+
 def _bytes(report: Report) -> Sequence[Reading]:
     return [Reading(number(report, "quantized.bytes"))]
 
@@ -293,6 +331,10 @@ _ALL = (
     Figure("likelihood.perplexity", "perplexity", _perplexity, _TOKENS, estimated=True),
     Figure("layers.hidden_error", "hidden-state error", _hidden_error, _TOKENS, by="layer"),
     Figure("layers.jump", "jump of the hidden-state error", _jump, _TOKENS, by="layer"),
+    Figure(
+        "layers.expert_gain", "gain of an expert, from the median of its layer", _expert_gain,
+        _TOKENS, by="expert",
+    ),
     Figure(
         "layers.agreement", "routing agreement (share of tokens)", _agreement, _TOKENS,
         larger_is_better=True, by="layer",
@@ -325,6 +367,7 @@ _ALL = (
         _retrieval(_lengths, "difference"), _PROMPTS, larger_is_better=True, by="length",
         estimated=True, relative=True,
     ),
+    Figure("other_settings", "settings that differ from the original's", _other_settings),
     Figure("rescues.fallback", "fallbacks (tensors)", _fallbacks),
     Figure("quantized.bytes", "size of the checkpoint (bytes)", _bytes),
 )  # fmt: skip

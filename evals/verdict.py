@@ -77,10 +77,11 @@ def junit(verdict: Verdict) -> str:
             suite, "testcase", name=name, classname="llama4q.check", time="0"
         )
         if line.answer is not Answer.PASS:
-            kind = "failure" if line.answer is Answer.FAIL else "error"
+            failed = line.answer is Answer.FAIL
             found = ElementTree.SubElement(
-                case, kind, type=line.answer.name.lower(), message=_sentence(line)
-            )
+                case, "failure" if failed else "error",
+                type="regression" if failed else "not enough data", message=_sentence(line),
+            )  # fmt: skip
             found.text = _printable(line.look or line.remark)
     ElementTree.indent(root)
     text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)

@@ -64,6 +64,18 @@ def task(name: str, original: float, quantized: float, low: float, high: float) 
     }
 
 
+def _layer(layer: int, error: float) -> dict[str, Any]:
+    if not layer:
+        return {"layer": 0, "hidden_error": error, "agreement": None, "expert_gain": None}
+    gains = [0.97, 0.99, None, 0.98 + 0.005 * layer, 0.96]
+    return {
+        "layer": layer,
+        "hidden_error": error,
+        "agreement": 0.99 - layer / 100,
+        "expert_gain": gains,
+    }
+
+
 _GOOD: dict[str, Any] = {
     "schema": SCHEMA,
     "llama4q": "0.1.0",
@@ -91,14 +103,8 @@ _GOOD: dict[str, Any] = {
                 "perplexity_increase": [0.005, 0.015],
             },
         },
-        "layers": [
-            {
-                "layer": layer,
-                "hidden_error": error,
-                "agreement": None if not layer else 0.99 - layer / 100,
-            }
-            for layer, error in enumerate(ERRORS)
-        ],
+        "layers": [_layer(layer, error) for layer, error in enumerate(ERRORS)],
+        "other_settings": [],
         "retrieval": {
             "prompts": 80,
             "seed": 0,

@@ -1,11 +1,13 @@
 """A fault that is planted in one layer fails the default policy, and the verdict names the layer.
 
-The authority is the hand that planted it. On the pocket model, rounded to nearest.
+The authority is the hand that planted it; `alone`: without a baseline, too. On the pocket model,
+rounded to nearest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 from benchmarks.faults import Fault, plant, scales, swap
 from evals.evaluation import compare
+from evals.figures import Section
 from evals.gate import Answer, check
 from evals.policy import load_policy
 from evals.questions import Needles, Questions, ask
@@ -56,19 +59,20 @@ def measured(folder: Path, questions: Questions) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("layer", "fault"),
+    ("layer", "fault", "alone"),
     [
-        (0, scales(0, 2, 1.2)),
-        (3, scales(3, 2, 1.2)),
-        (7, scales(7, 2, 1.2)),
-        (0, swap(0, 1, 4)),
-        (3, swap(3, 1, 4)),
-        (7, swap(7, 1, 4)),
+        (0, scales(0, 2, 1.05), False),  # what the shared expert adds there hides it
+        (3, scales(3, 2, 1.05), True),
+        (7, scales(7, 2, 1.05), True),
+        (0, swap(0, 1, 4), True),
+        (3, swap(3, 1, 4), True),
+        (7, swap(7, 1, 4), True),
     ],
 )
 def test_a_planted_fault_is_named_by_its_layer(
     layer: int,
     fault: Fault,
+    alone: bool,
     sound: Path,
     baseline: Mapping[str, Any],
     questions: Questions,
@@ -77,19 +81,22 @@ def test_a_planted_fault_is_named_by_its_layer(
     folder = tmp_path / "faulty"
     shutil.copytree(sound, folder)
     assert plant(folder, fault)
-    verdict = check(measured(folder, questions), load_policy(None), baseline)
-    assert verdict.answer is Answer.FAIL
-    looks = {line.look for line in verdict.lines if line.answer is Answer.FAIL}
-    assert all(look.startswith(f"layer {layer}: hidden_error jumps") for look in looks)
-    assert looks
+    found = measured(folder, questions)
+    for before in (None, baseline) if alone else (baseline,):
+        verdict = check(found, load_policy(None), before)
+        assert verdict.answer is Answer.FAIL
+        looks = [line.look for line in verdict.lines if line.answer is Answer.FAIL]
+        assert [look for look in looks if not look.startswith(f"layer {layer}")] == []
+        named = [look for look in looks if re.search(rf"layer {layer}, expert [124]: gain", look)]
+        assert named == looks or not alone
 
 
 def test_the_same_checkpoint_once_more_does_not_fail(
     sound: Path, baseline: Mapping[str, Any], questions: Questions
 ) -> None:
     verdict = check(measured(sound, questions), load_policy(None), baseline)
-    answers = {line.answer for line in verdict.lines if line.limit.kind.needs_baseline}
-    assert answers == {Answer.PASS}
+    lines = [line for line in verdict.lines if line.limit.figure.section is not Section.RETRIEVAL]
+    assert {line.answer for line in lines} == {Answer.PASS}
 
 
 def test_only_what_was_named_is_changed(sound: Path, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ MET: list[tuple[str, str, float, float]] = [
     ("layers.hidden_error", "max", 0.007, 0.007),
     ("layers.hidden_error.1", "max", 0.003, 0.003),
     ("layers.jump", "max", 1.75, 1.75),
+    ("layers.expert_gain", "max", 0.02, 0.02),  # of 0.96 from 0.98
+    ("layers.expert_gain.1.1", "max", 0.0125, 0.0125),
     ("layers.agreement", "min", 0.96, 0.96),
     ("layers.agreement.1", "min", 0.98, 0.98),
     ("retrieval.quantized", "min", 0.9625, 0.9625),
@@ -65,6 +67,7 @@ MET: list[tuple[str, str, float, float]] = [
     ("retrieval.lengths.quantized", "min", 0.95, 0.95),  # (1.0 + 0.9) / 2 at 4,096
     ("retrieval.lengths.difference", "min", -0.025, -0.025),
     ("retrieval.lengths.difference.1024", "min", 0.0, 0.0),
+    ("other_settings", "max", 0, 0),
     ("rescues.fallback", "max", 0, 0),
     ("quantized.bytes", "max", 9e6, 9e6),
 ]
@@ -272,6 +275,11 @@ def test_without_a_baseline_its_limits_are_not_asked(tmp_path: Path) -> None:
             {"evidence.layers": [{"layer": 0, "hidden_error": 0.1}]},
             "not in the report",
         ),
+        (
+            "[layers.expert_gain]\nmax = 1",
+            {"evidence.layers": [{"layer": 0, "hidden_error": 0.1}]},
+            "not in the report",
+        ),
         ("[layers.agreement.9]\nmin = 0.5", {}, "no such layer in the report"),
         ("[retrieval.difference]\nmin = -1", {"evidence.retrieval": None}, "not in the report"),
         (
@@ -340,6 +348,21 @@ def test_a_gross_fault_is_found_without_a_baseline(layer: int, tmp_path: Path) -
     assert line.look.startswith(f"layer {layer}: hidden_error jumps to {error:.4g}; routing agrees")
 
 
+def test_an_expert_that_does_too_much_is_named(tmp_path: Path) -> None:
+    """Without a baseline: its neighbours tell."""
+    found = altered({"evidence.layers.2.expert_gain": [0.97, 1.2, None, 0.98, 0.98]})
+    [line] = [line for line in check(found, load_policy(None)).lines if line.answer is Answer.FAIL]
+    assert line.reading.place == "2.1"
+    assert line.look.startswith("layer 2, expert 1: gain 1.200, median of the layer 0.980; routing")
+
+
+def test_a_setting_of_another_value_is_named(tmp_path: Path) -> None:
+    other = {"setting": "temperature", "original": "True", "quantized": "False"}
+    verdict = check(altered({"evidence.other_settings": [other]}), load_policy(None))
+    [line] = [line for line in verdict.lines if line.answer is Answer.FAIL]
+    assert line.look == "temperature: False, in the original True"
+
+
 def test_the_layer_with_the_worst_routing_is_named(tmp_path: Path) -> None:
     found = altered({"evidence.layers.2.agreement": 0.8})
     line = only(check(found, policy("[layers.agreement]\nmin = 0.9", tmp_path)))
@@ -365,6 +388,8 @@ def test_the_task_and_the_length_that_fell_most_are_named(tmp_path: Path) -> Non
         ({f"{LIKELIHOOD}.kl_mean": True}, "kl_mean should be a number but is 'True'"),
         ({f"{LIKELIHOOD}.intervals.kl_mean": 3}, "kl_mean should be two numbers but is '3'"),
         ({"evidence.layers": {"0": 0.9}}, "evidence.layers should be a list of objects"),
+        ({"evidence.layers.1.expert_gain": 1.0}, "expert_gain should be a list of numbers but"),
+        ({"evidence.layers.1.expert_gain": ["1"]}, "expert_gain should be a number but is '1'"),
         ({"evidence.retrieval.tasks": ["cwe"]}, "tasks should be a list of objects"),
     ],
 )

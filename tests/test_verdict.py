@@ -54,8 +54,8 @@ def test_the_table_has_a_line_for_each_limit() -> None:
     )
     assert "beyond the limit, but not at 95 %: likelihood.top1_agreement" in lines
     assert any(line.startswith("look at layer 3: hidden_error jumps to 0.007;") for line in lines)
-    assert "not asked without --baseline: 7 limits" in lines
-    assert lines[-1] == "failed: 1 of 8 limits, not enough data: 1 of 8 limits"
+    assert "not asked without --baseline: 8 limits" in lines
+    assert lines[-1] == "failed: 1 of 10 limits, not enough data: 1 of 10 limits"
 
 
 def test_a_baselines_figure_stands_in_the_limit() -> None:
@@ -86,7 +86,7 @@ def test_no_line_is_wider_than_the_terminal() -> None:
 
 def test_markdown_has_the_answer_the_rows_and_the_remarks() -> None:
     lines = markdown(MIXED).splitlines()
-    assert lines[0] == "### llama4q check: failed: 1 of 8 limits, not enough data: 1 of 8 limits"
+    assert lines[0] == "### llama4q check: failed: 1 of 10 limits, not enough data: 1 of 10 limits"
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(MIXED.lines)
     assert len({line.count("|") for line in table}) == 1
@@ -155,6 +155,7 @@ def test_junit_follows_the_schema_and_counts_right() -> None:
 def test_junit_says_why() -> None:
     root = parsed(MIXED)
     [failure] = root.iter("failure")
+    assert failure.get("type") == "regression"
     assert failure.get("message") == "likelihood.kl_mean is 0.07 [0.06, 0.08], limit ≤ 0.05"
     assert failure.text is not None
     assert failure.text.startswith("layer 3: hidden_error jumps to ")
