@@ -26,7 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 WORKFLOW = Path(".github/workflows/accuracy.yml")
-FAULTY_LAYER = 3  # of both faults on the page
+BLAMED = r"layer 3: hidden_error jumps .*; layer 3, expert [124]: gain "  # both faults of the page
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def play(folder: Path) -> bool:
     for fault in faults:
         shutil.copytree(folder / "checkpoint", folder / "sound")
         run(fault, folder, environment)
-        ended.append(build(folder, environment) == 1 and blamed(folder) == FAULTY_LAYER)
+        ended.append(build(folder, environment) == 1 and blamed(folder))
         shutil.rmtree(folder / "checkpoint")
         (folder / "sound").rename(folder / "checkpoint")
     print(f"\nbuilds that ended as the page says: {sum(ended)} of {len(ended)}", flush=True)
@@ -101,12 +101,9 @@ def run(script: str, folder: Path, environment: dict[str, str]) -> int:
     return code
 
 
-def blamed(folder: Path) -> int | None:
-    """The layer that the last verdict names, as it stands in the JUnit file."""
-    found = re.search(
-        r"layer (\d+): hidden_error jumps", (folder / "accuracy/junit.xml").read_text()
-    )
-    return int(found[1]) if found else None
+def blamed(folder: Path) -> bool:
+    """Whether the last verdict names the place of the fault, in the JUnit file."""
+    return re.search(BLAMED, (folder / "accuracy/junit.xml").read_text()) is not None
 
 
 if __name__ == "__main__":
