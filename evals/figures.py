@@ -148,6 +148,10 @@ def _likelihood(key: str) -> Reader:
     return read
 
 
+def _bits_per_byte(report: Report) -> Sequence[Reading]:
+    return [Reading(number(report, "evidence.likelihood.quantized.bits_per_byte"))]
+
+
 def _perplexity(report: Report) -> Sequence[Reading]:
     path = "evidence.likelihood.quantized"
     value, error = number(report, f"{path}.perplexity"), number(report, f"{path}.standard_error")
@@ -181,6 +185,16 @@ def _jump(report: Report) -> Sequence[Reading]:
         jumps.append(dataclasses.replace(error, value=jump))
         before = error.value or 0.0
     return jumps
+
+
+def _gain(report: Report) -> Sequence[Reading]:
+    """How far each layer's gain is from 1."""
+    layers = entries(report, "evidence.layers")
+    readings = [Reading(None)] if layers is None else _of_layers(layers, "gain")
+    return [
+        one if one.value is None else dataclasses.replace(one, value=abs(one.value - 1))
+        for one in readings
+    ]
 
 
 def _expert_gain(report: Report) -> Sequence[Reading]:
@@ -225,7 +239,11 @@ Parts = Callable[[Report], Mapping[str, Report] | None]
 
 def _whole(report: Report) -> Mapping[str, Report] | None:
     found = _find(report, "evidence.retrieval")
-    return {"": found} if isinstance(found, Mapping) else None
+    if found is None:
+        return None
+    if not isinstance(found, Mapping):
+        raise _malformed("evidence.retrieval", "an object", found)
+    return {"": found}
 
 
 def _tasks(report: Report) -> Mapping[str, Report] | None:
@@ -251,7 +269,8 @@ def pooled(cells: Sequence[Report]) -> Report:
     if not prompts:
         return {"prompts": 0}
     original, quantized = (
-        sum((number(cell, side) or 0) * (number(cell, "prompts") or 0) for cell in cells) / prompts
+        sum((_proportion(cell, side) or 0) * (number(cell, "prompts") or 0) for cell in cells)
+        / prompts
         for side in ("original", "quantized")
     )
     low, high = difference(quantized, original, prompts)
@@ -277,9 +296,17 @@ def _retrieval(parts: Parts, key: str) -> Reader:
 
 
 def _share(part: Report, place: str) -> Reading:
-    value, prompts = number(part, "quantized"), number(part, "prompts")
+    value, prompts = _proportion(part, "quantized"), number(part, "prompts")
     interval = wilson(value, prompts) if value is not None and prompts else None
     return Reading(value, interval, place, prompts)
+
+
+def _proportion(report: Report, path: str) -> float | None:
+    """A number from 0 to 1."""
+    found = number(report, path)
+    if found is not None and not 0 <= found <= 1:
+        raise _malformed(path, "a share from 0 to 1", found)
+    return found
 
 
 def _difference(part: Report, place: str) -> Reading:
@@ -329,8 +356,10 @@ _ALL = (
         _likelihood("perplexity_increase"), _TOKENS, estimated=True, relative=True,
     ),
     Figure("likelihood.perplexity", "perplexity", _perplexity, _TOKENS, estimated=True),
+    Figure("likelihood.bits_per_byte", "bits per byte of text", _bits_per_byte, _TOKENS),
     Figure("layers.hidden_error", "hidden-state error", _hidden_error, _TOKENS, by="layer"),
     Figure("layers.jump", "jump of the hidden-state error", _jump, _TOKENS, by="layer"),
+    Figure("layers.gain", "gain of a feed-forward, from 1", _gain, _TOKENS, by="layer"),
     Figure(
         "layers.expert_gain", "gain of an expert, from the median of its layer", _expert_gain,
         _TOKENS, by="expert",

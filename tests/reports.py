@@ -66,11 +66,13 @@ def task(name: str, original: float, quantized: float, low: float, high: float) 
 
 def _layer(layer: int, error: float) -> dict[str, Any]:
     if not layer:
-        return {"layer": 0, "hidden_error": error, "agreement": None, "expert_gain": None}
+        dense = dict.fromkeys(("agreement", "expert_gain"))
+        return {"layer": 0, "hidden_error": error, "gain": 0.99, **dense}
     gains = [0.97, 0.99, None, 0.98 + 0.005 * layer, 0.96]
     return {
         "layer": layer,
         "hidden_error": error,
+        "gain": 0.98,
         "agreement": 0.99 - layer / 100,
         "expert_gain": gains,
     }
@@ -87,7 +89,7 @@ _GOOD: dict[str, Any] = {
             "windows": 16,
             "digest": "aaaaaaaaaaaaaaaa",
             "original": {"perplexity": 10.0, "standard_error": 0.2},
-            "quantized": {"perplexity": 10.1, "standard_error": 0.2},
+            "quantized": {"perplexity": 10.1, "standard_error": 0.2, "bits_per_byte": 1.6},
             "kl_mean": 0.01,
             "kl_median": 0.002,
             "kl_p99": 0.1,

@@ -55,6 +55,9 @@ MET: list[tuple[str, str, float, float]] = [
     ("layers.hidden_error", "max", 0.007, 0.007),
     ("layers.hidden_error.1", "max", 0.003, 0.003),
     ("layers.jump", "max", 1.75, 1.75),
+    ("likelihood.bits_per_byte", "max", 1.6, 1.6),
+    ("layers.gain", "max", 0.02, 0.02),
+    ("layers.gain.0", "max", 0.01, 0.01),
     ("layers.expert_gain", "max", 0.02, 0.02),  # of 0.96 from 0.98
     ("layers.expert_gain.1.1", "max", 0.0125, 0.0125),
     ("layers.agreement", "min", 0.96, 0.96),
@@ -390,6 +393,8 @@ def test_the_task_and_the_length_that_fell_most_are_named(tmp_path: Path) -> Non
         ({"evidence.layers": {"0": 0.9}}, "evidence.layers should be a list of objects"),
         ({"evidence.layers.1.expert_gain": 1.0}, "expert_gain should be a list of numbers but"),
         ({"evidence.layers.1.expert_gain": ["1"]}, "expert_gain should be a number but is '1'"),
+        ({"evidence.retrieval": []}, "evidence.retrieval should be an object"),
+        ({"evidence.retrieval.tasks.1.cells.0.quantized": 2}, "quantized should be a share from 0"),
         ({"evidence.retrieval.tasks": ["cwe"]}, "tasks should be a list of objects"),
     ],
 )

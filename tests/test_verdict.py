@@ -54,8 +54,8 @@ def test_the_table_has_a_line_for_each_limit() -> None:
     )
     assert "beyond the limit, but not at 95 %: likelihood.top1_agreement" in lines
     assert any(line.startswith("look at layer 3: hidden_error jumps to 0.007;") for line in lines)
-    assert "not asked without --baseline: 8 limits" in lines
-    assert lines[-1] == "failed: 1 of 10 limits, not enough data: 1 of 10 limits"
+    assert "not asked without --baseline: 9 limits" in lines
+    assert lines[-1] == "failed: 1 of 11 limits, not enough data: 1 of 11 limits"
 
 
 def test_a_baselines_figure_stands_in_the_limit() -> None:
@@ -86,7 +86,7 @@ def test_no_line_is_wider_than_the_terminal() -> None:
 
 def test_markdown_has_the_answer_the_rows_and_the_remarks() -> None:
     lines = markdown(MIXED).splitlines()
-    assert lines[0] == "### llama4q check: failed: 1 of 10 limits, not enough data: 1 of 10 limits"
+    assert lines[0] == "### llama4q check: failed: 1 of 11 limits, not enough data: 1 of 11 limits"
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(MIXED.lines)
     assert len({line.count("|") for line in table}) == 1
