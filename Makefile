@@ -27,9 +27,10 @@ demo: $(READY)
 	rm -rf demo-out
 	$(BIN)/llama4q inspect pocket
 	$(BIN)/llama4q quantize pocket demo-out/pocket-int4 --recipe int4 --length 1024 \
-		--eval-windows 32 --eval-length 1024 --needle-lengths 512,1024,2048 --needles 4
+		--eval-windows 32 --eval-length 1024 --lengths 512,1024,2048 --prompts 4
 	$(BIN)/llama4q fit demo-out/pocket-int4 --gpu h100-80gb
-	$(BIN)/llama4q check demo-out/pocket-int4/report.json
+	$(BIN)/llama4q check demo-out/pocket-int4/report.json --html demo-out/pocket-int4/report.html
+	@echo "Look at demo-out/pocket-int4/report.html"
 
 clean:
 	rm -rf .venv demo-out dist .mypy_cache .ruff_cache .pytest_cache

@@ -98,6 +98,7 @@ def main() -> None:
     llama4q quantize SOURCE DEST        write a quantized checkpoint with its evidence
     llama4q fit DEST --gpu h100-80gb    will it fit, and up to which context
     llama4q eval DEST --against SOURCE  measure the loss of any checkpoint
+    llama4q lm-eval --model llama4q ... lm-evaluation-harness on a streamed checkpoint
     llama4q check DEST/report.json      a verdict for CI: exit code 0 to 3
 
     SOURCE is a folder, a Hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct[@revision], or
@@ -133,23 +134,36 @@ def evaluation_options(command: Command) -> Command:
                 "every token is scored with more before it.  [default: no overlap]",
             ),
             click.option(
-                "--needle-lengths",
+                "--tasks",
+                default="needle",
+                show_default=True,
+                help="Retrieval tasks: needle, RULER's by name, or ruler for all of them.",
+            ),
+            click.option(
+                "--lengths",
                 default="1024,4096",
                 show_default=True,
-                help="Lengths of the needle prompts in tokens; '' for none.",
+                help="Lengths of the prompts in tokens, as 4k,8k or 4k..1M by doubling; '' for "
+                "none.",
             ),
             click.option(
-                "--needle-depths",
+                "--depths",
                 default="0,0.25,0.5,0.75,1",
                 show_default=True,
-                help="Where the needles stand; 0 is the start of the prompt, 1 its end.",
+                help="Where that stands which is asked for; 0 is the text's start, 1 its end.",
             ),
             click.option(
-                "--needles",
+                "--prompts",
                 default=2,
                 show_default=True,
                 type=click.IntRange(1),
-                help="Prompts for each length and depth.",
+                help="For each task, length and depth.",
+            ),
+            click.option(
+                "--qa",
+                metavar="FILE",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help="A JSON file in SQuAD form, for the task qa.",
             ),
             click.option(
                 "--dtype",
@@ -261,13 +275,16 @@ def quantize(
     from calibrate.progress import Bar, Silence
     from calibrate.run import DTYPES, Job, refuse_early
     from calibrate.run import quantize as run
+    from evals.card import markdown
     from evals.evaluation import Evaluation
+    from evals.html.page import page
     from evals.report import render
     from llama4q import products
-    from llama4q.checkpoint import Checkpoint
+    from llama4q.checkpoint import Checkpoint, PartReader
     from llama4q.config import read_config
     from llama4q.device import use_device
     from llama4q.hub import POCKET, resolve
+    from llama4q.inspect import component_bytes
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
@@ -303,7 +320,7 @@ def quantize(
             samples=settings.samples * settings.candidates, length=settings.length,
             seed=settings.seed,
         )  # fmt: skip
-        questions = _questions(tokenizer, **measured_on)
+        questions = _questions(tokenizer, config, **measured_on)
         texts = _texts(drawn, questions)
         plan = plan_for(Checkpoint(original.folder), config, chosen, texts, ranks.count)
         return chosen, original, config, folder, drawn, questions, plan
@@ -323,8 +340,14 @@ def quantize(
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return {
-            **_provenance(original, folder),
-            "quantized": {"name": str(folder), "bytes": outcome.quantized_bytes},
+            **_provenance(original, config),
+            "quantized": {
+                "name": str(folder),
+                "bytes": outcome.quantized_bytes,
+                "components": component_bytes(
+                    config, PartReader(folder, list(outcome.files)).infos
+                ),
+            },
             "recipe": chosen.to_json(),
             "calibration": {
                 "source": settings.text,
@@ -350,13 +373,17 @@ def quantize(
             "seconds": {"total": outcome.seconds},
         }
 
+    def pages(report: Mapping[str, Any]) -> dict[str, bytes]:
+        return {"report.html": page(report).encode(), "evaluation.md": markdown(report).encode()}
+
     shown = Bar(plan.expected()) if ranks.first else Silence()
     with shown as bar, _told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions, ranks), bar, report, held, ranks)
+        finished = run(job, Evaluation(config, questions, ranks), bar, report, held, ranks, pages)
     ranks.leave()
     if not ranks.first:
         return
-    click.echo(_json(finished) if as_json else f"\n{render(finished)}\nWritten to {folder}/")
+    told = f"\n{render(finished)}\nWritten to {folder}/, to look at as {folder / 'report.html'}"
+    click.echo(_json(finished) if as_json else told)
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
@@ -463,6 +490,9 @@ def _chosen(drawn: CalibrationSet, settings: Calibration, reader: LayerReader) -
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report here."
 )
 @click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write it as a page."
+)
+@click.option(
     "--memory", metavar="SIZE",
     help="What the run may use of the host, as in 16GB. What hidden states need beyond that lies "
     "in temporary files (TMPDIR).  [default: nine tenths of what is free]",
@@ -472,6 +502,7 @@ def evaluate(
     quantized: str,
     against: str,
     out: Path | None,
+    html: Path | None,
     memory: str | None,
     dtype: str,
     device: str | None,
@@ -480,18 +511,20 @@ def evaluate(
 ) -> None:
     """Compare the checkpoint QUANTIZED with the original, layer by layer in one pass.
 
-    Perplexity of both, divergence, routing agreement and needle retrieval, on the same tokens.
+    Perplexity of both, divergence, routing agreement and retrieval, on the same tokens.
     Neither model is ever in memory as a whole.
     """
     from tqdm import tqdm
 
     from calibrate.run import DTYPES
     from evals.evaluation import compare
+    from evals.html.page import page
     from evals.report import render
     from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.device import use_device
     from llama4q.hub import resolve
+    from llama4q.inspect import component_bytes
     from llama4q.text import load_tokenizer
     from llama4q.weights import LayerReader
     from llama4q.writer import to_json, write_atomically, writing
@@ -503,34 +536,35 @@ def evaluate(
         LayerReader(Checkpoint(side.folder, where), config, DTYPES[dtype])
         for side, config in zip((original, other), configs, strict=True)
     ]
-    questions = _questions(load_tokenizer(original.folder), **measured_on)
+    questions = _questions(load_tokenizer(original.folder), configs[0], **measured_on)
     spool = _spool(configs[0], questions, memory, where)
     layers = readers[0].config.num_layers
     with tqdm(total=layers, unit="layer", dynamic_ncols=True, disable=None) as bar:
         evidence = compare(readers[0], readers[1], questions, bar.update, spool)
     report = {
-        **_provenance(original, other.folder),
-        "quantized": {"name": other.name, "bytes": _nbytes(other)},
+        **_provenance(original, configs[0]),
+        "quantized": {
+            "name": other.name,
+            "bytes": _nbytes(other),
+            "components": component_bytes(configs[1], readers[1].checkpoint.infos),
+        },
         "dtype": dtype,
         "evidence": evidence,
     }
-    if out is not None:
-        with writing(out):
-            write_atomically(out, to_json(report))
+    for path, content in ((out, to_json(report)), (html, page(report).encode())):
+        if path is not None:
+            with writing(path):
+                write_atomically(path, content)
     click.echo(_json(report) if as_json else render(report))
 
 
-@main.command(
-    "lm-eval",
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def harness(arguments: tuple[str, ...]) -> None:
     """The command line of lm-evaluation-harness, with the model `llama4q` in it.
 
     Log-likelihood tasks on a checkpoint of any size, streamed from its files. Needs the extra
-    [harness].
+    [harness]. Its own help: llama4q lm-eval -- --help
 
     \b
     llama4q lm-eval --model llama4q --model_args pretrained=scout-int4 --tasks arc_challenge
@@ -626,6 +660,10 @@ def _show_policy(context: click.Context, _: click.Parameter, wanted: bool) -> No
     "--show-policy", is_flag=True, is_eager=True, expose_value=False, callback=_show_policy,
     help="Print the default policy, to start one's own from, and stop.",
 )  # fmt: skip
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the report as a page, with this verdict.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(
     report: Path,
@@ -634,6 +672,7 @@ def check(
     changes: tuple[str, ...],
     junit: Path | None,
     markdown: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Hold REPORT against a policy, and against the BASELINE that it is named.
@@ -646,15 +685,18 @@ def check(
     from evals import verdict as words
     from evals.gate import check as judge
     from evals.gate import load_report
+    from evals.html.page import page
     from evals.policy import load_policy
     from evals.report import render_verdict
 
-    limits = load_policy(policy, changes)
-    verdict = judge(load_report(report), limits, load_report(baseline) if baseline else None)
+    limits, held = load_policy(policy, changes), load_report(report)
+    verdict = judge(held, limits, load_report(baseline) if baseline else None)
     if junit is not None:
         _write(junit, words.junit(verdict))
     if markdown is not None:
         _write(markdown, words.markdown(verdict))
+    if html is not None:
+        _write(html, page(held, verdict))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         _write(Path(summary), words.markdown(verdict), "a")
     click.echo(_json(words.to_json(verdict)) if as_json else render_verdict(verdict))
@@ -673,33 +715,31 @@ def _write(path: Path, text: str, mode: str = "w") -> None:
 
 def _questions(
     tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
     eval_text: str | None,
     eval_windows: int,
     eval_length: int,
     eval_stride: int | None,
-    needle_lengths: str,
-    needle_depths: str,
-    needles: int,
+    tasks: str,
+    lengths: str,
+    depths: str,
+    prompts: int,
+    qa: Path | None,
 ) -> Questions:
     """What both models are measured on, from the evaluation options."""
-    from evals.questions import Needles, ask
+    from evals.answering import read_documents
+    from evals.evaluation import refuse_long
+    from evals.questions import ask
+    from evals.tasks import Ladder, parse_depths, parse_lengths, parse_tasks
 
-    try:
-        wanted = Needles(
-            [int(length) for length in _listed(needle_lengths)],
-            [float(depth) for depth in _listed(needle_depths)],
-            needles,
-        )
-    except ValueError:
-        raise UserError(
-            f"--needle-lengths {needle_lengths!r} --needle-depths {needle_depths!r}: "
-            f"give numbers with commas between, as 1024,4096"
-        ) from None
-    return ask(tokenizer, eval_text, eval_windows, eval_length, wanted, eval_stride)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    ladder = Ladder(
+        parse_lengths(lengths), parse_depths(depths), prompts, parse_tasks(tasks, qa is not None)
+    )
+    refuse_long(config, [eval_length, *ladder.lengths])  # before they are made
+    return ask(
+        tokenizer, eval_text, eval_windows, eval_length, ladder, eval_stride,
+        config.chunk_size, read_documents(qa) if qa else None,
+    )  # fmt: skip
 
 
 def _fit(config: ModelConfig, gpu: str) -> Callable[[int], dict[str, Any]]:
@@ -718,17 +758,21 @@ def _fit(config: ModelConfig, gpu: str) -> Callable[[int], dict[str, Any]]:
             "largest_context": plan.largest_context,
             "total_bytes": plan.total_bytes,
             "usable_bytes": plan.usable_bytes,
+            "kv_bytes": plan.kv_bytes,
+            "reserved_bytes": plan.workspace_bytes + plan.overhead_bytes,
         }
 
     return fit_line
 
 
-def _provenance(source: Source, folder: Path) -> dict[str, Any]:
+def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
     """What made a report, and when."""
     import datetime
     from importlib.metadata import PackageNotFoundError, version
 
     from evals.gate import SCHEMA
+    from llama4q.checkpoint import Checkpoint
+    from llama4q.inspect import component_bytes
 
     versions = {}
     for name in (
@@ -745,6 +789,7 @@ def _provenance(source: Source, folder: Path) -> dict[str, Any]:
             "name": source.name,
             "revision": source.revision,
             "bytes": _nbytes(source),
+            "components": component_bytes(config, Checkpoint(source.folder).infos),
         },
         "versions": versions,
     }

@@ -23,7 +23,8 @@ from calibrate.codes import GroupReport, Rescue
 from calibrate.data import calibration_tokens
 from calibrate.run import Job, Outcome, quantize
 from evals.evaluation import Evaluation
-from evals.questions import Needles, Questions, ask
+from evals.questions import Questions, ask
+from evals.tasks import Ladder
 from llama4q.config import read_config
 from llama4q.hub import resolve
 from llama4q.recipe import Method, Recipe, Solver, load_recipe
@@ -141,7 +142,7 @@ def main() -> None:
     source = resolve(options.source).folder
     tokenizer = load_tokenizer(source)
     depths = [step / 10 for step in range(11)]
-    questions = ask(tokenizer, None, 32, 1024, Needles([512, 1024, 2048], depths, 1))
+    questions = ask(tokenizer, None, 32, 1024, Ladder([512, 1024, 2048], depths, 1))
     print(
         f"{'':26} {'MB':>6} {'KL mean':>9} {'ratio':>6} {'KL p99':>8} {'top-1':>7} "
         f"{'routing':>8} {'perplexity':>11} {'needles':>8} {'seconds':>8}"

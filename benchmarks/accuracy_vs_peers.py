@@ -35,7 +35,8 @@ import numpy
 from benchmarks.peers.judge import Seen, all_found, by_transformers, see, verdict
 from benchmarks.peers.table import table
 from calibrate.data import calibration_tokens
-from evals.questions import Needles, Questions, ask
+from evals.questions import Questions, ask
+from evals.tasks import Ladder
 from llama4q.hub import resolve
 from llama4q.text import load_tokenizer, parse_source
 
@@ -128,12 +129,12 @@ class Arena:
         self.work = work.absolute()
         self.peers = peers
         self.tokenizer = load_tokenizer(source)
-        asked = Needles(NEEDLE_LENGTHS, NEEDLE_DEPTHS, needles)
+        asked = Ladder(NEEDLE_LENGTHS, NEEDLE_DEPTHS, needles)
         self.questions = {"same": self._ask(None, asked), "other": self._ask_other()}
         self.originals: dict[tuple[str, int], Seen] = {}
 
-    def _ask(self, text: str | None, needles: Needles) -> Questions:
-        return ask(self.tokenizer, text, WINDOWS, LENGTH, needles)
+    def _ask(self, text: str | None, ladder: Ladder) -> Questions:
+        return ask(self.tokenizer, text, WINDOWS, LENGTH, ladder)
 
     def _ask_other(self) -> Questions:
         """Source code of Python's standard library; the calibration text is documentation."""
@@ -142,7 +143,7 @@ class Arena:
         for name in OTHER_TEXT:
             code = Path(sysconfig.get_paths()["stdlib"], name).read_text(encoding="utf-8")
             (folder / f"{name}.txt").write_text(code, encoding="utf-8")
-        return self._ask(str(folder), Needles([], [], 0))
+        return self._ask(str(folder), Ladder([], [], 0))
 
     def run(self, cell: Cell) -> None:
         """Make the cell's record, unless it is there or another process is at it."""

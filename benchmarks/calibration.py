@@ -28,7 +28,8 @@ from calibrate.data import CalibrationSet, calibration_tokens
 from calibrate.mix import parse_mix
 from calibrate.run import Job, Outcome, quantize
 from evals.evaluation import Evaluation
-from evals.questions import Needles, Questions, ask
+from evals.questions import Questions, ask
+from evals.tasks import Ladder
 from llama4q.config import read_config
 from llama4q.errors import UserError
 from llama4q.hidden import Spool
@@ -120,7 +121,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     named = {"A": None, "B": options.other} if options.other else {"A": None}
     texts = {
-        name: ask(tokenizer, text, options.windows, 1024, Needles([], [], 1))
+        name: ask(tokenizer, text, options.windows, 1024, Ladder([], [], 1))
         for name, text in named.items()
     }
     columns = "".join(f" {f'KL on {name}':>9} {'error':>8} {'ratio':>6}" for name in texts)

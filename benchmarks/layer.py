@@ -129,8 +129,9 @@ def texts_of(report: dict) -> Texts:
     likelihood, retrieval = report["evidence"]["likelihood"], report["evidence"]["retrieval"]
     windows = likelihood["windows"]
     lengths: Counter[int] = Counter()
-    for cell in (retrieval or {"cells": []})["cells"]:
-        lengths[cell["length"]] += cell["prompts"]
+    for task in (retrieval or {"tasks": []})["tasks"]:
+        for cell in task["cells"]:
+            lengths[cell["length"]] += cell["prompts"]
     return Texts(
         ((calibration["tokens"] // calibration["length"], calibration["length"]),),
         ((windows, likelihood["tokens"] // windows + 1),),

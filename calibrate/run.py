@@ -47,6 +47,8 @@ from .streams import Streams
 from .units import Units, check_seen
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Report = Mapping[str, Any]
+Pages = Callable[[Report], Mapping[str, bytes]]  # a report in other forms, by file name
 REST, EVIDENCE = "rest", "evidence"  # the units beside the layers
 
 
@@ -80,21 +82,22 @@ def quantize(
     job: Job,
     observer: LayerObserver,
     progress: Progress,
-    make_report: Callable[[Outcome], Mapping[str, Any]],
+    make_report: Callable[[Outcome], Report],
     memory: Memory = UNBOUNDED,
     ranks: Ranks = ALONE,
-) -> Mapping[str, Any]:
+    pages: Pages = lambda report: {},
+) -> Report:
     """Quantize `job.source` into `job.destination`; returns the report written beside it.
 
     What does not go into `memory` goes to files in the destination; the result is the same. So it
     is for any number of `ranks`, each of which calls this with the same job; the first one alone
-    makes the report.
+    makes the report, and the `pages` of it that are written beside it.
 
     Raises UserError for a bad input, a full disk, or damage; what was written stays resumable.
     """
     run = Run(job, observer, progress, memory, ranks)
     with run.written:  # nobody else writes there
-        return run.execute(make_report)
+        return run.execute(make_report, pages)
 
 
 class Run:
@@ -141,11 +144,11 @@ class Run:
         parts = [f"{name}.{part:02d}" for part in range(part_count(self.config, index))]
         return [*parts, name]
 
-    def execute(self, make_report: Callable[[Outcome], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def execute(self, make_report: Callable[[Outcome], Report], pages: Pages) -> Report:
         if not self.written.finishing(self.units):
             with torch.inference_mode():
                 self._stream()
-        return self.ranks.from_first(lambda: self._finish(self.written.first, make_report))
+        return self.ranks.from_first(lambda: self._finish(self.written.first, make_report, pages))
 
     def _run_key(self) -> dict[str, Any]:
         """Whatever bytes and report depend on: a rerun with another key is another run."""
@@ -252,8 +255,8 @@ class Run:
         return {**whole, **joined, "seconds": sum(part["seconds"] for part in parts)}
 
     def _finish(
-        self, writer: CheckpointWriter, make_report: Callable[[Outcome], Mapping[str, Any]]
-    ) -> Mapping[str, Any]:
+        self, writer: CheckpointWriter, make_report: Callable[[Outcome], Report], pages: Pages
+    ) -> Report:
         """Final names, verification, side files; the index, last of all, makes it a checkpoint."""
         self.progress.phase("verifying what was written")
         written, files = writer.assemble(self.units)
@@ -279,6 +282,7 @@ class Run:
             {
                 **side_files(self.job.source),
                 "report.json": to_json(report),
+                **pages(report),
                 "config.json": config_with(self.job.source, quantization),
             },
         )

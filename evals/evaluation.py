@@ -1,13 +1,13 @@
 """Original and quantized model side by side in one streamed pass, and what sets them apart.
 
 Rides along with a quantize run, or with `compare` over any two checkpoints. Both models see the
-same windows of text and the same needle prompts, of which several ranks take turns. Knows nothing
-of how codes are found.
+same windows of text and the same prompts, of which several ranks take turns. Knows nothing of how
+codes are found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from llama4q.weights import LayerReader
 from . import retrieval
 from .layers import Sums, sums
 from .likelihood import Window, bits_per_byte, compared, summary
-from .needle import NeedlePrompt
 from .passages import worst
+from .prompt import Prompt
 from .questions import Questions
+from .retrieval import Score
 from .settings import other_settings
 
 
@@ -44,12 +45,7 @@ class Evaluation:
 
         Raises UserError for windows or prompts longer than the model reads.
         """
-        longest = max([questions.windows.shape[1], *(p.length for p in questions.prompts)])
-        if longest > config.max_positions:
-            raise UserError(
-                f"evaluation on {longest} tokens, but the model reads at most "
-                f"{config.max_positions}; choose shorter windows and prompts"
-            )
+        refuse_long(config, [questions.windows.shape[1], *(p.length for p in questions.prompts)])
         self.config = config
         self.served_config = served_config or config
         self.questions = questions
@@ -115,10 +111,10 @@ class Evaluation:
             for x, y, wanted in zip(*parts, strict=True)
         )
 
-    def _answers(self, head: Head, hidden: torch.Tensor, prompt: NeedlePrompt) -> bool:
-        """Whether a model answers exactly."""
+    def _answers(self, head: Head, hidden: torch.Tensor, prompt: Prompt) -> Score:
+        """How well a model answers; logits are made of the answer's positions alone."""
         scores = _scores(self.config, head, hidden[retrieval.answer_positions(prompt)])
-        return retrieval.exact(scores.argmax(dim=-1), prompt)
+        return retrieval.score(scores.argmax(dim=-1), prompt)
 
     def _likelihood(self, windows: Sequence[Window]) -> dict[str, Any]:
         asked = self.questions
@@ -133,11 +129,21 @@ class Evaluation:
             "worst": worst(windows, list(asked.windows), asked.decode),
         }
 
-    def _retrieval(self, answers: Sequence[Sequence[bool]]) -> dict[str, Any] | None:
+    def _retrieval(self, answers: Sequence[Sequence[Score]]) -> dict[str, Any] | None:
         if not answers:
             return None
         plain, served = zip(*answers, strict=True)
         return retrieval.summary(self.questions.prompts, plain, served, self.questions.seed)
+
+
+def refuse_long(config: ModelConfig, lengths: Iterable[int]) -> None:
+    """Raises UserError for windows or prompts, by their tokens, longer than the model reads."""
+    longest = max(lengths)
+    if longest > config.max_positions:
+        raise UserError(
+            f"evaluation on {longest} tokens, but the model reads at most "
+            f"{config.max_positions}; choose shorter windows and prompts"
+        )
 
 
 def _sequences(batches: Store) -> Iterator[torch.Tensor]:

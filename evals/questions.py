@@ -1,4 +1,4 @@
-"""What both models are measured on: windows of a text, and needle prompts hidden in it.
+"""What both models are measured on: windows of a text, and prompts that hide things in it.
 
 Knows nothing of models.
 """
@@ -12,19 +12,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llama4q.errors import UserError
-from llama4q.text import evaluation_tokens, parse_source
+from llama4q.text import evaluation_tokens, opening_tokens, parse_source
 
-from .needle import NeedlePrompt, needle_prompts
 from .passages import Decode
+from .prompt import Documents, Material, Prompt
+from .tasks import Ladder, prompts
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What both models read: windows of text `[W, T]` and needle prompts."""
+    """What both models read: windows of text `[W, T]` and retrieval prompts."""
 
     windows: torch.Tensor
     digest: str  # of the windows
-    prompts: Sequence[NeedlePrompt]
+    prompts: Sequence[Prompt]
     seed: int  # of the prompts
     decode: Decode  # token ids to text
     text: str = ""  # where the windows are from
@@ -41,27 +42,20 @@ class Questions:
         return len(self.decode(torch.cat(every).tolist()).encode())
 
 
-@dataclass(frozen=True)
-class Needles:
-    """Which prompts to make: `count` for each length in tokens and depth in 0..1."""
-
-    lengths: Sequence[int]
-    depths: Sequence[float]
-    count: int
-    seed: int = 0
-
-
 def ask(
     tokenizer: PreTrainedTokenizerBase,
     text: str | None,
     windows: int,
     length: int,
-    needles: Needles,
+    ladder: Ladder,
     stride: int | None = None,
+    chunk: int | None = None,
+    documents: Documents | None = None,
 ) -> Questions:
     """`windows` of `length` tokens from a text source, `stride` tokens apart, and prompts with its
-    tokens as haystack.
+    tokens as haystack, as many of them as the windows have, or twice the longest prompt.
 
+    `chunk` is how many tokens local layers attend to, `documents` are for question answering.
     Raises UserError when the text cannot be read or is too little, or a prompt is impossible.
     """
     if stride is not None and not 0 < stride < length:
@@ -76,18 +70,20 @@ def ask(
         ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
         return ids
 
-    try:
-        prompts = needle_prompts(
-            encode,
-            read.tokens[:, 1:].flatten().tolist(),
-            bos=tokenizer.bos_token_id,
-            lengths=needles.lengths,
-            depths=needles.depths,
-            per_cell=needles.count,
-            seed=needles.seed,
-        )
-    except ValueError as error:
-        raise UserError(f"needle prompts: {error}") from None
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    # twice the longest prompt, so that those of its length do not all hide in the same text
+    count = max([windows * (length - 1), *(2 * longest for longest in ladder.lengths)])
+    opening = opening_tokens(source, tokenizer, count) if ladder.lengths else []
+    material = Material(encode, decode, tokenizer.bos_token_id, opening, chunk, documents)
     return Questions(
-        read.tokens, read.digest, prompts, needles.seed, tokenizer.decode, source.name, stride
+        read.tokens,
+        read.digest,
+        prompts(material, ladder),
+        ladder.seed,
+        tokenizer.decode,
+        source.name,
+        stride,
     )

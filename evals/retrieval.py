@@ -1,75 +1,133 @@
-"""Needle retrieval scored by length and depth, for two models on the same prompts.
+"""Answers to retrieval prompts scored by task, length and depth, for two models on the same ones.
 
-A prompt counts when the arg max is right at every position of the answer, in one teacher-forced
-pass: greedy decoding gives the answer exactly then and only then. Knows nothing of models or files.
+A prompt counts as exact when the arg max is right at every position of its answer, in one
+teacher-forced pass: greedy decoding gives the answer then and only then. (While every earlier
+token is right, both see the same tokens; at the first wrong arg max both are wrong.)
+
+RULER's own metric reads what a model generates and takes the share of the references found in it
+anywhere, in any order (`string_match_all`; `string_match_part`, for question answering: any one of
+several references). An exact answer holds all references, so RULER gives it 1; not the other way
+round: a model that names the right things in another order, or says something first, is wrong here
+and right there. Both models are judged alike. Where several things are asked for, the recall says
+which share of them has the right arg max at each of its tokens, the right answer standing before
+it: a wrong one costs no more than itself. Knows nothing of models or files.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .needle import NeedlePrompt
+from .prompt import Prompt
+from .statistics import mcnemar, resampled
 
 
-def batches(prompts: Sequence[NeedlePrompt]) -> list[torch.Tensor]:
+class Score(NamedTuple):
+    """What a model made of one prompt."""
+
+    exact: bool
+    recall: float  # share of the things asked for, 0 to 1
+
+
+def batches(prompts: Sequence[Prompt]) -> list[torch.Tensor]:
     """Token ids `[S, T]`, one batch for each run of prompts of the same length, in order."""
     grouped: list[list[tuple[int, ...]]] = []
     for prompt in prompts:
-        if not grouped or len(grouped[-1][0]) != len(prompt.tokens):
+        if not grouped or len(grouped[-1][0]) != prompt.length:
             grouped.append([])
         grouped[-1].append(prompt.tokens)
     return [torch.tensor(group) for group in grouped]
 
 
-def exact(predicted: torch.Tensor, prompt: NeedlePrompt) -> bool:
-    """Whether the arg max tokens at the answer's positions are the answer."""
-    return tuple(predicted.tolist()) == prompt.tokens[prompt.answer_start :]
-
-
-def answer_positions(prompt: NeedlePrompt) -> slice:
+def answer_positions(prompt: Prompt) -> slice:
     """The positions whose logits predict the answer's tokens."""
-    return slice(prompt.answer_start - 1, len(prompt.tokens) - 1)
+    return slice(prompt.answer_start - 1, prompt.length - 1)
+
+
+def score(predicted: torch.Tensor, prompt: Prompt) -> Score:
+    """Of the arg max tokens `[n]` at the answer's positions."""
+    right = [
+        token == wanted
+        for token, wanted in zip(
+            predicted.tolist(), prompt.tokens[prompt.answer_start :], strict=True
+        )
+    ]
+    found = [
+        all(right[first - prompt.answer_start : stop - prompt.answer_start])
+        for first, stop in prompt.answers
+    ]
+    return Score(all(right), sum(found) / len(found))
 
 
 def summary(
-    prompts: Sequence[NeedlePrompt],
-    original: Sequence[bool],
-    quantized: Sequence[bool],
+    prompts: Sequence[Prompt],
+    original: Sequence[Score],
+    quantized: Sequence[Score],
     seed: int,
 ) -> dict[str, Any]:
-    """JSON for the report: exact match of both models, in all and by cell."""
-    cells: dict[tuple[int, float], list[tuple[bool, bool]]] = {}
-    for prompt, plain, served in zip(prompts, original, quantized, strict=True):
-        cells.setdefault((prompt.length, prompt.depth), []).append((plain, served))
+    """JSON for the report: exact match of both models, in all, by task and by cell."""
+    rows = list(zip(prompts, original, quantized, strict=True))
+    by_task: dict[str, list[_Row]] = {}
+    for row in rows:
+        by_task.setdefault(row[0].task, []).append(row)
     return {
-        "prompts": len(prompts),
         "seed": seed,
         "digest": digest(prompts),
-        "units": "share of prompts answered exactly",
-        "original": _share(original),
-        "quantized": _share(quantized),
-        "cells": [
-            {
-                "length": length,
-                "depth": depth,
-                "prompts": len(pairs),
-                "original": _share([plain for plain, _ in pairs]),
-                "quantized": _share([served for _, served in pairs]),
-            }
-            for (length, depth), pairs in cells.items()
-        ],
+        **_compared([(plain.exact, served.exact) for _, plain, served in rows]),
+        "tasks": [_task(name, those) for name, those in by_task.items()],
     }
 
 
-def digest(prompts: Sequence[NeedlePrompt]) -> str:
+_Row = tuple[Prompt, Score, Score]
+
+
+def _task(name: str, rows: Sequence[_Row]) -> dict[str, Any]:
+    cells: dict[tuple[int, float | None], list[tuple[bool, bool]]] = {}
+    for prompt, plain, served in rows:
+        cells.setdefault((prompt.length, prompt.depth), []).append((plain.exact, served.exact))
+    found = {
+        "task": name,
+        "metric": "exact",
+        **_compared([(plain.exact, served.exact) for _, plain, served in rows]),
+        "cells": [
+            {"length": length, "depth": depth, **_shares(pairs)}
+            for (length, depth), pairs in cells.items()
+        ],
+    }
+    if any(len(prompt.answers) > 1 for prompt, _, _ in rows):
+        pairs = [(plain.recall, served.recall) for _, plain, served in rows]
+        found["recall"] = {**_shares(pairs), "difference": _difference(pairs)}
+    return found
+
+
+def _compared(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    lost = sum(plain and not served for plain, served in pairs)
+    gained = sum(served and not plain for plain, served in pairs)
+    difference = {**_difference(pairs), "p_value": mcnemar(lost, gained)}
+    return {**_shares(pairs), "difference": difference}
+
+
+def _shares(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    plain, served = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+    return {"prompts": len(pairs), "original": plain, "quantized": served}
+
+
+def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Quantized less original; its interval is null where a single prompt gives none."""
+    differences = torch.tensor([served - plain for plain, served in pairs], dtype=torch.float64)
+    low: float | None = None
+    high: float | None = None
+    if len(pairs) > 1:
+        low, high = resampled(differences[:, None] / len(pairs), lambda totals: totals[:, 0])
+    return {"value": float(differences.mean()), "low": low, "high": high}
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of all prompts' tokens."""
-    text = repr([prompt.tokens for prompt in prompts])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _share(answers: Sequence[bool]) -> float:
-    return sum(answers) / len(answers)
+    every = hashlib.sha256()
+    for prompt in prompts:
+        every.update(f"{prompt.task} {prompt.answer_start} {prompt.tokens}\n".encode())
+    return every.hexdigest()

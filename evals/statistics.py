@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: means over tokens that come in clusters, perplexity, percentiles.
+"""Numbers with their uncertainty: means of clustered tokens, perplexity, percentiles, paired tests.
 
 The tokens of one window (or document) resemble each other, so the standard error is taken over
 windows, not over tokens. Pure functions of tensors; knows nothing of models or of what is measured.
@@ -84,3 +84,15 @@ def resampled(
     times.scatter_add_(1, drawn, torch.ones_like(times))
     values = statistic(times @ clusters.double())
     return percentile(values, 2.5), percentile(values, 97.5)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """The exact two-sided p-value of McNemar's test, for answers of two models to the same prompts.
+
+    `lost` of them only the first one got right, `gained` only the second one. Were neither better,
+    each would be as likely lost as gained: a binomial test (McNemar 1947; Fagerland, Lydersen and
+    Laake 2013, the exact conditional test).
+    """
+    count = lost + gained
+    tail = sum(math.comb(count, number) for number in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / (1 << count))

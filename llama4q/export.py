@@ -26,7 +26,9 @@ SIDE_FILES = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "USE_POLICY*", "NOTICE*",
     "tiktoken*", "merges*",
 )  # fmt: skip
-NOT_COPIED = ("config.json", "*.index.json", "README.md", "report.json")
+# what a run says of itself, beside the checkpoint
+REPORTS = ("report.json", "report.html", "evaluation.md")
+NOT_COPIED = ("config.json", "*.index.json", "README.md", *REPORTS)
 
 _PLACES = {
     Component.EXPERTS: r"feed_forward\.experts\.\d+\.(gate|up|down)_proj$",

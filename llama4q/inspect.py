@@ -171,6 +171,14 @@ def summarize(
     return Summary(config, tuple(parts), _experts_layout(config, infos), quantized)
 
 
+def component_bytes(config: ModelConfig, infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Bytes of the tensors of each component that there is, in the order of COMPONENTS."""
+    nbytes: Counter[str] = Counter()
+    for name, info in infos.items():
+        nbytes[component_of(config, name)] += info.nbytes
+    return {part: nbytes[part] for part in COMPONENTS if nbytes[part]}
+
+
 def component_of(config: ModelConfig, name: str) -> str:
     """The key of COMPONENTS that tensor `name` belongs to."""
     stem = name.removeprefix(config.prefix)

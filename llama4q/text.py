@@ -337,15 +337,21 @@ def pack(
     begin, end = _begin_and_end(tokenizer)
     step = stride or length - 1
     needed = (rows - 1) * step + length - 1
+    stream = _joined(encoded, end, needed)
+    if len(stream) < needed:
+        raise UserError(_too_little(source, len(stream), rows, length, longer))
+    cut = torch.tensor(stream[:needed], dtype=torch.int64).unfold(0, length - 1, step)
+    return torch.cat([torch.full((rows, 1), begin, dtype=torch.int64), cut], dim=1)
+
+
+def _joined(encoded: Iterable[list[int]], end: int, needed: int) -> list[int]:
+    """Documents joined by `end`, read no further than `needed` tokens; the last one is whole."""
     stream: list[int] = []
     for ids in encoded:
         stream += [*ids, end] if ids else []
         if len(stream) >= needed:
             break
-    if len(stream) < needed:
-        raise UserError(_too_little(source, len(stream), rows, length, longer))
-    cut = torch.tensor(stream[:needed], dtype=torch.int64).unfold(0, length - 1, step)
-    return torch.cat([torch.full((rows, 1), begin, dtype=torch.int64), cut], dim=1)
+    return stream
 
 
 def check_size(rows: int, length: int) -> None:
@@ -409,14 +415,24 @@ def evaluation_tokens(
 
     The shipped text is its held-out part. Raises UserError when there is too little text.
     """
-    # Only so much of a huge file is encoded; the rest could not be part of the windows.
-    limit = MOST_CHARACTERS_PER_TOKEN * windows * length
-    encoded = (
-        encode(document[:limit] if isinstance(document, str) else document, tokenizer)
-        for document in documents(source, "heldout.txt")
-    )
+    encoded = _heldout(source, tokenizer, windows * length)
     tokens = pack(encoded, tokenizer, windows, length, source, stride=stride)
     return token_set(tokens, f"{source.name}: the first {windows} windows of {length} tokens")
+
+
+def opening_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """The first `count` tokens of the text that windows are cut from, or all where it has fewer."""
+    _, end = _begin_and_end(tokenizer)
+    return _joined(_heldout(source, tokenizer, count), end, count)[:count]
+
+
+def _heldout(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, count: int
+) -> Iterator[list[int]]:
+    """The documents' tokens; of a huge one only what could be among the first `count`."""
+    limit = MOST_CHARACTERS_PER_TOKEN * count
+    for document in documents(source, "heldout.txt"):
+        yield encode(document[:limit] if isinstance(document, str) else document, tokenizer)
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from calibrate.codes import GroupReport, Rescue
 from calibrate.run import Job, Outcome, quantize
 from evals.evaluation import Evaluation
-from evals.needle import NeedlePrompt
+from evals.prompt import Prompt
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
@@ -65,7 +65,8 @@ def tokens(folder: Path, sequences: int, length: int, seed: int = 0) -> torch.Te
 def questions(folder: Path) -> Questions:
     """Two windows and two prompts with a three-token answer."""
     prompts = [
-        NeedlePrompt(tuple(row.tolist()), 37, 40, 0.5) for row in tokens(folder, 2, 40, seed=8)
+        Prompt("needle", tuple(row.tolist()), 37, ((37, 40),), 0.5)
+        for row in tokens(folder, 2, 40, seed=8)
     ]
     return Questions(tokens(folder, 2, 64, seed=9), "digest", prompts, 0, words)
 

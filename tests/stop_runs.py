@@ -22,6 +22,7 @@ import compressed_tensors.compressors.pack_quantized.helpers  # noqa: F401 - bef
 import cli
 import evals.evaluation
 import evals.report  # noqa: F401
+from llama4q.export import REPORTS
 from llama4q.writer import WORK
 
 from . import tiny
@@ -84,7 +85,7 @@ def twice(source: Path, folder: Path) -> Any:
 
 def other_files(wanted: Path, found: Path) -> list[str]:
     """What differs, beside when and where the report was made."""
-    names = [name for name in differences(wanted, found) if name != "report.json"]
+    names = [name for name in differences(wanted, found) if name not in REPORTS]
     return names if report(wanted) == report(found) else [*names, "report.json"]
 
 

@@ -28,7 +28,7 @@ from llama4q.checkpoint import INDEX, SINGLE, Checkpoint
 from llama4q.hub import POCKET_MODEL
 from llama4q.writer import WORK
 
-from . import reports, tiny
+from . import plain_reports, tiny
 from .test_writer import as_nobody
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ TOKENIZER = (
 )  # fmt: skip
 QUICK = (
     "--samples", "4", "--length", "64", "--eval-windows", "2", "--eval-length", "64",
-    "--needle-lengths", "128", "--needle-depths", "0.5", "--needles", "1", "--dtype", "float32",
+    "--lengths", "128", "--depths", "0.5", "--prompts", "1", "--dtype", "float32",
 )  # fmt: skip
 SHARD = "model-00001-of-00002.safetensors"
 LAYER = "language_model.model.layers.1."
@@ -419,10 +419,14 @@ def test_a_text_that_is_not_there(sound: Path, tmp_path: Path) -> None:
     [
         (["--length", "4097"], "calibration sequences of 4097 tokens, but the model reads at most"),
         (["--eval-length", "4097"], "evaluation on 4097 tokens, but the model reads at most 4096"),
-        (["--needle-lengths", "128,5000"], "evaluation on 5000 tokens, but the model reads at mos"),
-        (["--needle-lengths", "8"], "Length 8 is too short for a needle and its question"),
-        (["--needle-lengths", "long"], "give numbers with commas between, as 1024,4096"),
-        (["--needle-depths", "1.5"], "Depth 1.5 is outside 0 to 1"),
+        (["--lengths", "128,5000"], "evaluation on 5000 tokens, but the model reads at mos"),
+        (["--lengths", "8"], "needle: 8 tokens are too few for its prompt; give lengths of "),
+        (["--lengths", "long"], "lengths 'long': give numbers of tokens with commas between"),
+        (["--depths", "1.5"], "depth 1.5 is outside of 0 to 1; give shares of the text"),
+        (["--depths", "deep"], "depths 'deep': give numbers with commas between"),
+        (["--tasks", "niah_multikey2"], "unknown task 'niah_multikey2'; did you mean 'niah_multik"),
+        (["--tasks", "cwe"], "cwe: 128 tokens are too few for its prompt; give lengths of "),
+        (["--tasks", "qa"], "task 'qa' asks about documents; name a JSON file in SQuAD form with"),
         (["--gpu", "h100-80"], "unknown GPU 'h100-80'"),
     ],
 )
@@ -572,7 +576,7 @@ def test_a_source_that_changes_on_the_way(
 # Reports and policies: exit code 2, as 1 is an answer
 
 
-REPORT = json.dumps(reports.report())
+REPORT = json.dumps(plain_reports.report())
 POLICY = "[likelihood.kl_mean]\nmax = 0.05"
 
 

@@ -27,7 +27,7 @@ from .test_cli import interrupted_after, parsed, ran, weights
 from .test_export import loaded
 
 QUICK = (
-    "--eval-windows", "1", "--eval-length", "64", "--needle-lengths", "", "--dtype", "float32",
+    "--eval-windows", "1", "--eval-length", "64", "--lengths", "", "--dtype", "float32",
 )  # fmt: skip
 TWO_LENGTHS = "pocket:0.5,pocket:0.5x2048"
 

@@ -74,8 +74,8 @@ def test_the_option_changes_what_is_drawn_and_goes_into_the_report(tmp_path: Pat
     for times in ("1", "3"):
         out = tmp_path / times
         command = f"quantize pocket {out} --method rtn --samples 2 --length 64 --eval-windows 1"
-        options = [*command.split(), "--eval-length", "64", "--needle-lengths", "96"]
-        done = CliRunner().invoke(main, [*options, "--needles", "1", "--candidates", times])
+        options = [*command.split(), "--eval-length", "64", "--lengths", "96"]
+        done = CliRunner().invoke(main, [*options, "--prompts", "1", "--candidates", times])
         assert done.exit_code == 0, done.output
         report = json.loads((out / "report.json").read_text())["calibration"]
         assert (report["candidates"], report["tokens"]) == (int(times), 128)

@@ -20,14 +20,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from evals.card import markdown
 from evals.figures import FIGURES
+from evals.html.page import page
 from llama4q import __version__
 from llama4q.checkpoint import Checkpoint
 from llama4q.hidden import Spool
 from llama4q.recipe import shipped_recipes
 
-from . import reports, tiny
+from . import plain_reports, tiny
 from .test_bad_input import QUICK, VARIANT, with_tokenizer
+from .test_ruler import squad
 
 ROOT = Path(__file__).parent.parent
 MEASURED = QUICK[4:]  # what eval takes of it
@@ -86,7 +89,7 @@ def test_help(name: str | None) -> None:
 
 
 def test_the_program_names_every_command() -> None:
-    assert set(cli.main.commands) == {"inspect", "quantize", "fit", "eval", "check"}
+    assert set(cli.main.commands) == {"inspect", "quantize", "fit", "eval", "lm-eval", "check"}
     shown = ran("--help").stdout
     for name in cli.main.commands:
         assert f"llama4q {name} " in shown
@@ -134,8 +137,16 @@ def test_quantize_reports(source: Path, output: Path, report: dict[str, Any]) ->
     assert report["dtype"] == "float32"
     assert [sum(layer["expert_tokens"]) for layer in report["layers"]] == [4 * 64, 4 * 64]
     assert set(report["files"]) == {path.name for path in output.glob("*.safetensors")}
+    for side in ("source", "quantized"):
+        assert sum(report[side]["components"].values()) == report[side]["bytes"]
+    fit = report["fit"]
+    held = report["quantized"]["bytes"] + fit["kv_bytes"] + fit["reserved_bytes"]
+    assert held == fit["total_bytes"]
+    assert (output / "report.html").read_text() == page(report)
+    assert (output / "evaluation.md").read_text() == markdown(report)
     assert report["evidence"]["likelihood"]["tokens"] == 2 * 63
-    assert [cell["length"] for cell in report["evidence"]["retrieval"]["cells"]] == [128]
+    [task] = report["evidence"]["retrieval"]["tasks"]
+    assert [cell["length"] for cell in task["cells"]] == [128]
     assert Checkpoint(output).names()
 
 
@@ -159,12 +170,14 @@ def test_eval_measures_what_quantize_said(
     source: Path, output: Path, report: dict[str, Any], tmp_path: Path
 ) -> None:
     """One reads the finished files, the other measured on the way."""
-    measured = parsed("eval", output, "--against", source, *MEASURED, "--out", tmp_path / "r.json")
+    files = ("--out", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    measured = parsed("eval", output, "--against", source, *MEASURED, *files)
     assert_close(measured["evidence"], report["evidence"])
     assert measured["evidence"]["likelihood"]["kl_mean"] > 1e-5
     assert measured["quantized"] == report["quantized"]
     assert measured["source"] == report["source"]
     assert json.loads((tmp_path / "r.json").read_text()) == measured
+    assert (tmp_path / "r.html").read_text() == page(measured)
 
 
 def test_eval_under_a_budget(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +224,7 @@ def test_quantize_without_source_takes_the_pocket_model(
     found = ran("quantize", *QUICK)
     assert found.exit_code == 0, found.stderr
     assert found.stderr.startswith("No SOURCE named: quantizing the pocket Llama 4 that comes with")
-    assert "Written to pocket-int4/" in found.stdout
+    assert "Written to pocket-int4/, to look at as pocket-int4/report.html" in found.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["pocket-int4"]
     written = json.loads((tmp_path / "pocket-int4" / "report.json").read_text())
     assert written["source"]["name"] == "pocket"
@@ -265,9 +278,11 @@ def test_options_change_what_is_written(
         (["--eval-windows", "3"], "likelihood"),
         (["--eval-length", "65"], "likelihood"),
         (["--eval-text", "own.txt"], "likelihood"),
-        (["--needle-lengths", "130"], "retrieval"),
-        (["--needle-depths", "0.1,0.9"], "retrieval"),
-        (["--needles", "2"], "retrieval"),
+        (["--lengths", "130"], "retrieval"),
+        (["--depths", "0.1,0.9"], "retrieval"),
+        (["--prompts", "2"], "retrieval"),
+        (["--tasks", "niah_single_1,niah_multikey_1", "--lengths", "512"], "retrieval"),
+        (["--tasks", "qa", "--qa", "squad.json", "--lengths", "256"], "retrieval"),
     ],
 )
 def test_options_change_what_is_measured(
@@ -281,6 +296,7 @@ def test_options_change_what_is_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.txt").write_text("One two three four five six seven. " * 200)
+    (tmp_path / "squad.json").write_text(json.dumps(squad(4, 4)))
     evidence = parsed("eval", output, "--against", source, *MEASURED, *options)["evidence"]
     assert evidence[key]["digest"] != report["evidence"][key]["digest"]
 
@@ -313,6 +329,12 @@ def test_fit_answers_with_its_exit_code(source: Path) -> None:
     assert ran(*small).exit_code == 1
 
 
+EVERY_FIGURE = [
+    f"{name}.min = -1e12" if figure.larger_is_better else f"{name}.max = 1e12"
+    for name, figure in FIGURES.items()
+]
+
+
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with a good report, a better one, one with little in it, and a policy."""
@@ -320,9 +342,9 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     better = {"evidence.layers.1.hidden_error": 0.0025}
     for name, report in (
-        ("report", reports.report()),
-        ("baseline", reports.altered(better)),
-        ("little", reports.altered({"evidence.retrieval": None})),
+        ("report", plain_reports.report()),
+        ("baseline", plain_reports.altered(better)),
+        ("little", plain_reports.altered({"evidence.retrieval": None})),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
     (tmp_path / "gate.toml").write_text("[likelihood.kl_p99]\nmax = 0.09")
@@ -368,7 +390,7 @@ def test_check_shows_the_policy_that_holds_by_default(tmp_path: Path) -> None:
     shown = ran("check", "--show-policy")
     assert (shown.exit_code, shown.stderr) == (0, "")
     (tmp_path / "gate.toml").write_text(shown.stdout)
-    (tmp_path / "report.json").write_text(json.dumps(reports.report()))
+    (tmp_path / "report.json").write_text(json.dumps(plain_reports.report()))
     verdicts = [
         ran("check", tmp_path / "report.json", "--json", *options).stdout
         for options in ([], ["--policy", tmp_path / "gate.toml"])
@@ -384,14 +406,26 @@ def test_check_takes_the_report_of_a_run(output: Path, report: dict[str, Any]) -
     verdict = json.loads(ran("check", path, *options, "--baseline", path, "--json").stdout)
     answers = {line["figure"]: line["answer"] for line in verdict["lines"]}
     assert set(answers) == set(FIGURES)
-    undecided = {name for name, answer in answers.items() if answer == "undecided"}
-    assert not {name for name in undecided if not name.startswith("retrieval.")}
+    assert set(answers.values()) == {"pass"}
 
 
-EVERY_FIGURE = [
-    f"{name}.min = -1e12" if figure.larger_is_better else f"{name}.max = 1e12"
-    for name, figure in FIGURES.items()
-]
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (["min_tokens=0", "min_prompts=0", *EVERY_FIGURE], "Passed"),
+        (["strict=true", "likelihood.kl_mean.max=0"], "Failed"),
+        ([], "Not enough data"),
+    ],
+)
+def test_check_writes_the_page_with_its_verdict(
+    output: Path, report: dict[str, Any], tmp_path: Path, changes: list[str], word: str
+) -> None:
+    written = tmp_path / "verdict.html"
+    options = [option for line in changes for option in ("--limit", line)]
+    ran("check", output / "report.json", *options, "--html", written)
+    assert f"<strong>{word}</strong>" in written.read_text()
+    lost = ran("check", output / "report.json", "--html", tmp_path / "none" / "r.html")
+    assert lost.stderr.startswith(f"Error: {tmp_path / 'none' / 'r.html'}: cannot be written")
 
 
 def test_ctrl_c_says_how_to_go_on(

@@ -31,6 +31,7 @@ from llama4q.text import (
     encode,
     evaluation_tokens,
     load_tokenizer,
+    opening_tokens,
     parse_source,
     token_set,
 )
@@ -605,6 +606,18 @@ def test_evaluation_windows_are_the_text_in_order(
     assert found.description == f"{source.name}: the first 5 windows of 33 tokens"
     with pytest.raises(UserError, match="500 samples of 33 need 16,000"):
         evaluation_tokens(source, tokenizer, windows=500, length=33)
+
+
+def test_the_opening_of_a_text_is_what_windows_are_cut_from(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.txt").write_text("\f".join([numbered(0, 40), numbered(200, 100)]))
+    source = parse_source(str(tmp_path / "a.txt"))
+    windows = evaluation_tokens(source, tokenizer, windows=5, length=33).tokens
+    assert opening_tokens(source, tokenizer, 160) == windows[:, 1:].flatten().tolist()
+    end = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+    parts = [*encode(numbered(0, 40), tokenizer), end, *encode(numbered(200, 100), tokenizer), end]
+    assert opening_tokens(source, tokenizer, 1_000_000) == parts
 
 
 def test_the_digest_is_of_shape_and_token_bytes() -> None:

@@ -175,7 +175,7 @@ def test_guide_lists_the_keys_of_a_report(tmp_path: Path) -> None:
         shutil.copy(POCKET_MODEL / name, source)
     command = (
         f"quantize {source} {destination} --samples 1 --length 64 "
-        "--eval-windows 1 --eval-length 64 --needle-lengths 80"
+        "--eval-windows 1 --eval-length 64 --lengths 80"
     )
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
@@ -192,7 +192,8 @@ def keys(value: Any) -> set[str]:
     if not isinstance(value, dict):
         return set()
     within = {
-        key: {} if key in ("versions", "units", "recipe", "files") else value[key] for key in value
+        key: {} if key in ("versions", "units", "recipe", "files", "components") else value[key]
+        for key in value
     }
     return set(value).union(*(keys(part) for part in within.values()))
 
@@ -215,7 +216,7 @@ def test_format_shows_a_packed_word() -> None:
 
 def test_design_maps_every_module() -> None:
     [tree] = blocks(DESIGN, "")
-    for package in ("llama4q", "calibrate", "evals"):
+    for package in ("llama4q", "calibrate", "evals", "evals/html"):
         listed = re.search(rf"^{package}/.*\n((  .*\n)+)", tree, re.MULTILINE)
         assert listed is not None
         names = {line.split()[0] for line in listed[1].splitlines()}

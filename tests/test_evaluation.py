@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from evals import retrieval
 from evals.evaluation import Evaluation, compare
-from evals.needle import NeedlePrompt
+from evals.prompt import Prompt
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
@@ -210,11 +210,12 @@ def test_retrieval_against_greedy_generation(tmp_path: Path) -> None:
         )[0]
         if number % 2:
             generated[-1] = (generated[-1] + 1) % 512
-        prompts.append(NeedlePrompt(tuple(generated.tolist()), 50, 54, (number % 2) / 2))
+        depth = (number % 2) / 2
+        prompts.append(Prompt("needle", tuple(generated.tolist()), 50, ((50, 54),), depth))
     questions = Questions(runs.tokens(source, 1, 20), "digest", prompts, 0, runs.words)
     found = evidence(source, source, questions)["retrieval"]
     assert found["original"] == 0.5
-    assert [(cell["depth"], cell["original"]) for cell in found["cells"]] == [
+    assert [(cell["depth"], cell["original"]) for cell in found["tasks"][0]["cells"]] == [
         (0.0, 1.0),
         (0.5, 0.0),
     ]
@@ -223,7 +224,8 @@ def test_retrieval_against_greedy_generation(tmp_path: Path) -> None:
 
 def test_prompts_of_several_lengths_keep_their_order() -> None:
     prompts = [
-        NeedlePrompt(tuple(range(length)), length - 2, length, 0.0) for length in (8, 8, 5, 9, 9)
+        Prompt("needle", tuple(range(length)), length - 2, ((length - 2, length),), 0.0)
+        for length in (8, 8, 5, 9, 9)
     ]
     batches = retrieval.batches(prompts)
     assert [tuple(batch.shape) for batch in batches] == [(2, 8), (1, 5), (2, 9)]

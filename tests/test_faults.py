@@ -21,7 +21,8 @@ from evals.evaluation import compare
 from evals.figures import Section
 from evals.gate import Answer, check
 from evals.policy import load_policy
-from evals.questions import Needles, Questions, ask
+from evals.questions import Questions, ask
+from evals.tasks import Ladder
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET_MODEL
@@ -34,7 +35,7 @@ from . import runs
 
 @pytest.fixture(scope="module")
 def questions() -> Questions:
-    return ask(load_tokenizer(POCKET_MODEL), None, 8, 513, Needles([], [], 1))
+    return ask(load_tokenizer(POCKET_MODEL), None, 8, 513, Ladder([], [], 0))
 
 
 @pytest.fixture(scope="module")

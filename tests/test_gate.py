@@ -19,7 +19,7 @@ from evals.gate import Answer, Line, Verdict, check, load_report
 from evals.policy import Policy, load_policy
 from llama4q.errors import UserError
 
-from .reports import altered, faulty, report, task
+from .plain_reports import altered, faulty, report, task
 
 GOOD = report()
 LIKELIHOOD = "evidence.likelihood"

@@ -349,7 +349,7 @@ def test_a_gpu_that_is_not_there(command: list[str], monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("alike")
 def test_the_commands_take_a_device(tmp_path: Path) -> None:
     """The pocket model, by the command line: the same bytes; and the same evidence once more."""
-    options = ["--eval-windows", "1", "--eval-length", "64", "--needle-lengths", "", "--json"]
+    options = ["--eval-windows", "1", "--eval-length", "64", "--lengths", "", "--json"]
     small = ["--method", "rtn", "--samples", "2", "--length", "64", "--candidates", "2"]
 
     def done(*arguments: str) -> dict[str, Any]:

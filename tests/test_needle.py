@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 
 import pytest
 
-from evals.needle import DIGITS, KEYS, STATEMENT, NeedlePrompt, needle_prompts
+from evals.needle import DIGITS, STATEMENT
+from evals.prompt import Material, Prompt
+from evals.tasks import Ladder
+from evals.tasks import prompts as made
+from evals.words import KEYS
+from llama4q.errors import UserError
 
 BOS = 7
 HAYSTACK_TEXT = " ".join(f"Sentence number {chr(97 + n % 26)} is short." for n in range(200))
@@ -16,7 +23,7 @@ def encode(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
-def decode(tokens: tuple[int, ...]) -> str:
+def decode(tokens: Sequence[int]) -> str:
     return "".join(map(chr, tokens))
 
 
@@ -26,19 +33,13 @@ def prompts(
     per_cell: int = 3,
     seed: int = 1,
     bos: int | None = BOS,
-) -> list[NeedlePrompt]:
-    return needle_prompts(
-        encode,
-        encode(HAYSTACK_TEXT),
-        bos=bos,
-        lengths=lengths,
-        depths=depths,
-        per_cell=per_cell,
-        seed=seed,
-    )
+    text: str = HAYSTACK_TEXT,
+) -> list[Prompt]:
+    material = Material(encode, decode, bos, encode(text))
+    return made(material, Ladder(lengths, depths, per_cell, seed=seed))
 
 
-def needle_place(prompt: NeedlePrompt) -> int:
+def needle_place(prompt: Prompt) -> int:
     return decode(prompt.tokens).index(STATEMENT.split("{key}")[0])
 
 
@@ -56,9 +57,7 @@ def test_the_prompt_is_exactly_as_long_as_its_cell(bos: int | None) -> None:
 
 
 def test_a_short_haystack_is_read_in_a_ring() -> None:
-    (prompt,) = needle_prompts(
-        encode, encode("Ab. "), bos=None, lengths=[500], depths=[0.0], per_cell=1, seed=3
-    )
+    (prompt,) = prompts(lengths=(500,), depths=(0.0,), per_cell=1, text="Ab. ")
     assert "Ab. Ab. Ab. " in decode(prompt.tokens)
 
 
@@ -114,17 +113,22 @@ def test_prompts_of_a_cell_differ() -> None:
     assert len(set(cell)) == 20
 
 
-def test_too_short_a_length_is_refused_with_the_length_that_would_do() -> None:
-    with pytest.raises(ValueError, match=r"^Length 50 is too short .* give \d+ tokens or more\.$"):
+def test_too_short_a_length_is_refused_with_one_that_would_do() -> None:
+    with pytest.raises(
+        UserError, match=r"^needle: 50 tokens are too few .* of (\d+) or"
+    ) as refused:
         prompts(lengths=(50,))
+    enough = re.search(r"lengths of (\d+) or more", str(refused.value))
+    assert enough is not None
+    assert prompts(lengths=(int(enough[1]),))
 
 
 def test_an_empty_haystack_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^The haystack has 0 tokens: "):
-        needle_prompts(encode, [], bos=None, lengths=[500], depths=[0.5], per_cell=1, seed=1)
+    with pytest.raises(UserError, match=r"^the text to hide needles in has 0 tokens; "):
+        prompts(text="")
 
 
 @pytest.mark.parametrize("depth", [-0.1, 1.5])
 def test_a_depth_outside_the_text_is_refused(depth: float) -> None:
-    with pytest.raises(ValueError, match=f"^Depth {depth} is outside 0 to 1"):
+    with pytest.raises(UserError, match=f"^depth {depth} is outside of 0 to 1"):
         prompts(depths=(0.5, depth))

@@ -10,7 +10,8 @@ import torch
 
 from calibrate.data import calibration_tokens
 from evals.evaluation import compare
-from evals.questions import Needles, Questions, ask
+from evals.questions import Questions, ask
+from evals.tasks import Ladder
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET_MODEL
@@ -27,7 +28,7 @@ CALIBRATION = Calibration(samples=32, length=512)
 def questions() -> Questions:
     """Eight held-out windows and eleven prompts of 1,024 tokens: four attention chunks."""
     depths = [step / 10 for step in range(11)]
-    return ask(load_tokenizer(POCKET_MODEL), None, 8, 1024, Needles([1024], depths, 2, seed=1))
+    return ask(load_tokenizer(POCKET_MODEL), None, 8, 1024, Ladder([1024], depths, 2, seed=1))
 
 
 def quantized(folder: Path, solver: Solver) -> Path:

@@ -26,6 +26,7 @@ from calibrate.judge import parts_of
 from calibrate.leaves import LEAVES, check_ranks, deal
 from calibrate.units import check_alike
 from llama4q.errors import UserError
+from llama4q.export import REPORTS
 from llama4q.ranks import Ranks
 from llama4q.writer import WORK
 
@@ -36,7 +37,7 @@ COMMAND = (sys.executable, "-c", "import cli; cli.main()", "quantize")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 OPTIONS = (
     "--samples", "12", "--length", "128", "--eval-windows", "5", "--eval-length", "128",
-    "--needle-lengths", "256", "--needle-depths", "0.5", "--needles", "2",  # two batches in all
+    "--lengths", "256", "--depths", "0.5", "--prompts", "2",  # two batches in all
 )  # fmt: skip
 RECIPE = """
 name = "all"
@@ -148,7 +149,7 @@ def assert_same(wanted: Path, found: Path) -> None:
     names = sorted(path.name for path in wanted.iterdir())
     assert sorted(path.name for path in found.iterdir()) == names
     for name in names:
-        if name != "report.json":
+        if name not in REPORTS:
             assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
     ours, theirs = (json.loads((folder / "report.json").read_bytes()) for folder in (found, wanted))
     for key in ("layers", "rescues", "evidence", "files", "calibration", "verified"):

@@ -10,6 +10,12 @@ import pytest
 from evals.report import WIDTH, render
 
 EXPERT = "language_model.model.layers.0.feed_forward.experts.0.gate_up_proj"
+
+
+def shares(prompts: int, original: float, quantized: float) -> dict[str, float]:
+    return {"prompts": prompts, "original": original, "quantized": quantized}
+
+
 FULL: dict[str, Any] = {
     "llama4q": "0.1.0",
     "source": {"name": "o/scout", "revision": "4bd10c4d", "bytes": 217_000_000_000},
@@ -41,10 +47,16 @@ FULL: dict[str, Any] = {
             "prompts": 16,
             "original": 1.0,
             "quantized": 0.875,
-            "cells": [
-                {"length": 512, "depth": 0.0, "prompts": 4, "original": 1.0, "quantized": 1.0},
-                {"length": 512, "depth": 0.5, "prompts": 12, "original": 1.0, "quantized": 0.75},
-                {"length": 1024, "depth": 0.5, "prompts": 4, "original": 1.0, "quantized": 0.5},
+            "difference": {"value": -0.125, "low": -0.3125, "high": 0.0, "p_value": 0.5},
+            "tasks": [
+                {
+                    "task": "needle",
+                    "cells": [
+                        {"length": 512, "depth": 0.0, **shares(4, 1.0, 1.0)},
+                        {"length": 512, "depth": 0.5, **shares(12, 1.0, 0.75)},
+                        {"length": 1024, "depth": 0.5, **shares(4, 1.0, 0.5)},
+                    ],
+                },
             ],
         },
     },
@@ -86,6 +98,7 @@ def squeezed(text: str) -> list[str]:
         "routing agreement, worst layer (3) 95.00 %",
         "routing agreement, mean of 2 layers 97.00 %",
         "retrieval, exact match (16 prompts) 100.0 % 87.5 % -12.5 points",
+        "95 % interval of the difference -31.2 to +0.0 points",
         "at 512 tokens 100.0 % 81.2 % -18.8 points",  # 4 and 12 prompts: (4 + 9) / 16
         "at 1,024 tokens 100.0 % 50.0 % -50.0 points",
         "size of the checkpoint 217.00 GB 63.10 GB 3.44 times smaller",
@@ -131,7 +144,7 @@ def test_no_line_is_wider_than_the_terminal() -> None:
     wide = copy.deepcopy(FULL)
     wide["evidence"]["likelihood"]["original"] = {"perplexity": 9.9e8, "standard_error": 999.9999}
     wide["evidence"]["likelihood"]["quantized"] = {"perplexity": 999.9999, "standard_error": 9e9}
-    wide["evidence"]["retrieval"]["cells"] = [
+    wide["evidence"]["retrieval"]["tasks"][0]["cells"] = [
         {"length": 2**n, "depth": depth / 10, "prompts": 4, "original": 1.0, "quantized": 1.0}
         for n in range(8, 24)
         for depth in range(11)
@@ -179,9 +192,29 @@ def test_a_mix_is_told_text_by_text() -> None:
     assert told in " ".join(render(report).split())
 
 
+def test_several_tasks_have_a_line_each() -> None:
+    """One with several answers has a second one; one without depths has no table."""
+    report = copy.deepcopy(FULL)
+    report["evidence"]["retrieval"]["tasks"].append(
+        {
+            "task": "vt",
+            **shares(4, 0.75, 0.5),
+            "recall": shares(4, 0.9, 0.8),
+            "cells": [{"length": 512, "depth": None, **shares(4, 0.75, 0.5)}],
+        }
+    )
+    report["evidence"]["retrieval"]["tasks"][0] |= shares(20, 1.0, 0.85)
+    lines = squeezed(render(report))
+    assert "needle 100.0 % 85.0 % -15.0 points" in lines
+    assert "vt 75.0 % 50.0 % -25.0 points" in lines
+    assert "vt, recall 90.0 % 80.0 % -10.0 points" in lines
+    assert "at 512 tokens 95.0 % 75.0 % -20.0 points" in lines  # (4 + 9 + 2) / 20
+    assert len([line for line in lines if "by depth and length" in line]) == 1
+
+
 def test_one_depth_needs_no_table_of_depths() -> None:
     report = copy.deepcopy(FULL)
-    del report["evidence"]["retrieval"]["cells"][0]
+    del report["evidence"]["retrieval"]["tasks"][0]["cells"][0]
     assert "depth" not in render(report)
 
 

@@ -10,7 +10,8 @@ import torch
 
 from calibrate.data import calibration_tokens
 from calibrate.routing import output_metric, view, views
-from evals.questions import Needles, ask
+from evals.questions import ask
+from evals.tasks import Ladder
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import resolve
@@ -73,7 +74,7 @@ def test_more_tokens_keep_their_expert_on_the_pocket_model(tmp_path: Path) -> No
     source = resolve("pocket").folder
     tokenizer = load_tokenizer(source)
     drawn = calibration_tokens(parse_source(None), tokenizer, samples=16, length=512, seed=0)
-    asked = ask(tokenizer, None, 8, 512, Needles([], [], 0))
+    asked = ask(tokenizer, None, 8, 512, Ladder([], [], 0))
     agreed = []
     for weight in (0.0, Solver().routing_weight):
         solver = Solver(beams=1, routing_weight=weight)

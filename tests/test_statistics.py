@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy
 import pytest
 import torch
 
-from evals.statistics import Estimate, clustered_mean, percentile, perplexity, resampled
+from evals.statistics import Estimate, clustered_mean, mcnemar, percentile, perplexity, resampled
 
 
 def clusters_with_a_level_of_their_own(
@@ -106,3 +107,20 @@ def test_a_bootstrap_interval_holds_the_truth_as_often_as_it_says() -> None:
         )
         held += low <= 2 <= high
     assert 0.91 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained"), [(0, 0), (1, 0), (0, 5), (5, 1), (4, 4), (3, 9), (2, 3)]
+)
+def test_mcnemar_against_every_way_in_which_answers_could_have_changed(
+    lost: int, gained: int
+) -> None:
+    """Each changed answer lost or gained like a coin: the share of ways at least as uneven."""
+    ways = list(itertools.product((0, 1), repeat=lost + gained))
+    uneven = [way for way in ways if abs(2 * sum(way) - len(way)) >= abs(lost - gained)]
+    assert mcnemar(lost, gained) == pytest.approx(len(uneven) / len(ways))
+
+
+def test_mcnemar_of_many_answers_against_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert mcnemar(1_300, 1_100) == pytest.approx(stats.binomtest(1_300, 2_400).pvalue, rel=1e-9)

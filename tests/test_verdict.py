@@ -14,7 +14,7 @@ from evals.policy import load_policy
 from evals.report import WIDTH, render_verdict
 from evals.verdict import junit, markdown, to_json
 
-from .reports import altered, report, task
+from .plain_reports import altered, report, task
 
 PASSED = check(report(), load_policy(None), report())
 # one of each answer, and a remark of each kind

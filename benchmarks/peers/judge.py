@@ -84,8 +84,9 @@ def _prompts(questions: Questions) -> range:
 
 def _found(seen: Seen, questions: Questions, number: int) -> bool:
     prompt = questions.prompts[number]
-    scores = _scores(seen, len(questions.windows) + number)
-    return retrieval.exact(scores[retrieval.answer_positions(prompt)].argmax(dim=-1), prompt)
+    hidden = seen.hidden[len(questions.windows) + number][retrieval.answer_positions(prompt)]
+    scores = logits(seen.config, seen.head, hidden)
+    return retrieval.score(scores.argmax(dim=-1), prompt).exact
 
 
 def _routing(original: Routings, contestant: Routings) -> float | None:

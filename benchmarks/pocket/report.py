@@ -27,7 +27,8 @@ from benchmarks.pocket import net
 from benchmarks.pocket.config import PocketConfig
 from benchmarks.pocket.export import special_ids
 from benchmarks.pocket.train import page_stream
-from evals.needle import NeedlePrompt, needle_prompts
+from evals import tasks
+from evals.prompt import Material, Prompt
 
 WINDOW = 1_024
 CHUNK = 256
@@ -94,7 +95,7 @@ def text_scores(model: Any, windows: Tensor, reference: Any = None) -> Text:
     return Text(math.exp(loss / tokens), divergence / tokens, same / tokens)
 
 
-def crosses(prompt: NeedlePrompt) -> bool:
+def crosses(prompt: Prompt) -> bool:
     """Whether the number stands in an earlier attention chunk than the place it is asked at."""
     answer = prompt.tokens[prompt.answer_start :]
     places = range(prompt.answer_start - len(answer))
@@ -102,7 +103,7 @@ def crosses(prompt: NeedlePrompt) -> bool:
     return (end - 1) // CHUNK < (prompt.answer_start - 1) // CHUNK
 
 
-def retrieval(model: Any, prompts: list[NeedlePrompt]) -> Retrieval:
+def retrieval(model: Any, prompts: list[Prompt]) -> Retrieval:
     right, crossing, crossing_right = 0, 0, 0
     for prompt in prompts:
         logits = logits_of(model, torch.tensor([prompt.tokens]))[0]
@@ -183,16 +184,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     heldout = streams["heldout"]
     windows = windows_of(heldout, options.windows)
 
-    def prompts(length: int, per_cell: int) -> list[NeedlePrompt]:
-        return needle_prompts(
+    def prompts(length: int, per_cell: int) -> list[Prompt]:
+        material = Material(
             lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+            tokenizer.decode,
+            special["<|begin_of_text|>"],
             heldout,
-            bos=special["<|begin_of_text|>"],
-            lengths=[length],
-            depths=DEPTHS,
-            per_cell=per_cell,
-            seed=options.seed,
         )
+        ladder = tasks.Ladder([length], DEPTHS, per_cell, seed=options.seed)
+        return tasks.prompts(material, ladder)
 
     model = load_model(options.model)
     found: dict[str, Any] = {

@@ -12,7 +12,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from evals.needle import KEYS, QUESTION, STATEMENT
+from evals.needle import QUESTION, STATEMENT
+from evals.words import KEYS
 
 Piece = tuple[list[int], float]
 Pair = tuple[list[Piece], list[Piece]]

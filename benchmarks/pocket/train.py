@@ -43,7 +43,8 @@ from benchmarks.pocket.config import VARIANTS, PocketConfig
 from benchmarks.pocket.export import special_ids, write_checkpoint
 from benchmarks.pocket.muon import MuonAdamW
 from benchmarks.pocket.tasks import Phase, Rows, Special, flatten
-from evals.needle import NeedlePrompt, needle_prompts
+from evals import tasks
+from evals.prompt import Material, Prompt
 
 CURRICULUM = (
     Phase("recall", (256,), 200, 0.9, packed=True, tokens=8_192),
@@ -98,7 +99,7 @@ def draw_batch(rows: Rows, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def exact_match(weights: net.Weights, config: PocketConfig, prompts: list[NeedlePrompt]) -> float:
+def exact_match(weights: net.Weights, config: PocketConfig, prompts: list[Prompt]) -> float:
     """Share of prompts whose every answer token is the arg max (teacher-forced)."""
     right = 0
     for prompt in prompts:
@@ -146,14 +147,11 @@ class Trainer:
             ),
             options.seed,
         )
-        self.prompts = needle_prompts(
-            self.rows.encode,
-            self.heldout,
-            bos=special["<|begin_of_text|>"],
-            lengths=[1_024],
-            depths=[step / 10 for step in range(11)],
-            per_cell=2,
-            seed=options.seed,
+        self.prompts = tasks.prompts(
+            Material(
+                self.rows.encode, tokenizer.decode, special["<|begin_of_text|>"], self.heldout
+            ),
+            tasks.Ladder([1_024], [step / 10 for step in range(11)], 2, seed=options.seed),
         )
         self.curriculum = curriculum_for(options.scale, options.mix_steps)
         steps = sum(phase.steps for phase in self.curriculum)
