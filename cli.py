@@ -53,8 +53,8 @@ UNITS = {
 
 
 class Commands(click.Group):
-    """Shows a user's mistake as one line with exit code 1, and a signal with what a shell expects;
-    anything else keeps its traceback."""
+    """Shows a user's mistake as one line with exit code 1 (`check`: 2), and a signal with what a
+    shell expects; anything else keeps its traceback."""
 
     def main(self, *args: Any, **more: Any) -> Any:
         try:
@@ -70,7 +70,7 @@ class Commands(click.Group):
                 return super().invoke(context)
         except UserError as error:
             click.echo(f"Error: {speaker()}{error}", err=True)
-            code = 1
+            code = 2 if context.invoked_subcommand == "check" else 1  # there 1 is an answer
         except Stopped as stop:
             [advice] = getattr(stop, "__notes__", ["repeat the command to start again"])
             click.echo(f"\n{speaker()}Stopped by {stop.signal.name}: {advice}.", err=True)
@@ -99,7 +99,7 @@ def main() -> None:
     llama4q fit DEST --gpu h100-80gb    will it fit, and up to which context
     llama4q eval DEST --against SOURCE  measure the loss of any checkpoint
     llama4q lm-eval --model llama4q ... lm-evaluation-harness on a streamed checkpoint
-    llama4q check DEST/report.json      a verdict for CI: exit code 0 or 1
+    llama4q check DEST/report.json      a verdict for CI: exit code 0 to 3
 
     SOURCE is a folder, a Hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct[@revision], or
     'pocket', a small trained Llama 4 that comes with llama4q.
@@ -629,52 +629,88 @@ def fit(
     sys.exit(0 if plan.fits else 1)
 
 
+def _show_policy(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from evals.policy import default_policy
+
+        click.echo(default_policy(), nl=False)
+        context.exit()
+
+
 @main.command()
 @click.argument("report", type=click.Path(path_type=Path))
 @click.option(
-    "--baseline", type=click.Path(path_type=Path),
-    help="An earlier report; no figure may be clearly worse than there.",
+    "--policy", type=click.Path(path_type=Path),
+    help="A TOML file that says which figures are limited, and how.  [default: --show-policy]",
 )  # fmt: skip
-@click.option("--max-kl", "max_kl_mean", type=float, help="Mean KL, nats per token.")
-@click.option("--max-kl-p99", type=float, help="99th percentile of KL, nats per token.")
-@click.option("--min-top1", "min_top1_agreement", type=float, help="Same best token, 0 to 1.")
-@click.option("--max-perplexity-increase", type=float, help="Quantized / original - 1.")
-@click.option("--min-retrieval", type=float, help="Quantized / original share of exact answers.")
-@click.option("--min-routing", "min_routing_agreement", type=float, help="Worst layer, 0 to 1.")
-@click.option("--max-fallbacks", type=int, help="Tensors that were rounded to nearest.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path),
+    help="An earlier report on the same tokens, for the policy's limits that are relative to it.",
+)  # fmt: skip
+@click.option(
+    "--limit", "changes", multiple=True, metavar="LINE",
+    help="Puts a line of the policy differently, as likelihood.kl_mean.max=0.03; may be repeated.",
+)  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), help="Also write JUnit XML here.")
+@click.option(
+    "--markdown", type=click.Path(path_type=Path),
+    help="Also write Markdown here; it is added to GitHub's job summary in any case.",
+)  # fmt: skip
+@click.option(
+    "--show-policy", is_flag=True, is_eager=True, expose_value=False, callback=_show_policy,
+    help="Print the default policy, to start one's own from, and stop.",
+)  # fmt: skip
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False),
     help="Also write the report as a page, with this verdict.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(
-    report: Path, baseline: Path | None, html: Path | None, as_json: bool, **limits: Any
+    report: Path,
+    policy: Path | None,
+    baseline: Path | None,
+    changes: tuple[str, ...],
+    junit: Path | None,
+    markdown: Path | None,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
-    """Hold REPORT against limits or a baseline: exit code 0 when all hold, else 1.
+    """Hold REPORT against a policy, and against the BASELINE that it is named.
 
-    Without options the default limits apply. With --baseline alone only the baseline counts.
+    Exit code 0 when every limit holds, 1 when a figure is beyond its limit at 95 %, 2 for wrong
+    use, 3 when nothing is beyond, but a figure is missing or from too small a sample.
     """
-    import dataclasses
+    import os
 
-    from evals.gate import DEFAULT_THRESHOLDS, Thresholds, load_report
+    from evals import verdict as words
     from evals.gate import check as judge
+    from evals.gate import load_report
     from evals.html.page import page
+    from evals.policy import load_policy
     from evals.report import render_verdict
-    from llama4q.writer import write_atomically, writing
 
-    named = any(limit is not None for limit in limits.values())
-    thresholds = Thresholds(**limits) if named or baseline else DEFAULT_THRESHOLDS
-    before = load_report(baseline) if baseline else None
-    held = load_report(report)
-    verdict = judge(held, thresholds, before)
+    limits, held = load_policy(policy, changes), load_report(report)
+    verdict = judge(held, limits, load_report(baseline) if baseline else None)
+    if junit is not None:
+        _write(junit, words.junit(verdict))
+    if markdown is not None:
+        _write(markdown, words.markdown(verdict))
     if html is not None:
-        with writing(html):
-            write_atomically(html, page(held, verdict).encode())
-    if as_json:
-        click.echo(_json({"passed": verdict.passed, **dataclasses.asdict(verdict)}))
-    else:
-        click.echo(render_verdict(verdict))
-    sys.exit(0 if verdict.passed else 1)
+        _write(html, page(held, verdict))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        _write(Path(summary), words.markdown(verdict), "a")
+    click.echo(_json(words.to_json(verdict)) if as_json else render_verdict(verdict))
+    sys.exit(verdict.answer.value)
+
+
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); name another file"
+        ) from None
 
 
 def _questions(
@@ -734,6 +770,7 @@ def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
     import datetime
     from importlib.metadata import PackageNotFoundError, version
 
+    from evals.gate import SCHEMA
     from llama4q.checkpoint import Checkpoint
     from llama4q.inspect import component_bytes
 
@@ -744,6 +781,7 @@ def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):  # bitsandbytes is an extra
             versions[name] = version(name)
     return {
+        "schema": SCHEMA,
         "llama4q": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["llama4q", *sys.argv[1:]]),

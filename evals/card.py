@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .gate import Report
+from .figures import Report
 from .wording import (
     UNKNOWN,
     count,

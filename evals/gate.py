@@ -1,94 +1,63 @@
-"""A report against limits, and against an earlier report: what passed, what did not.
+"""A report against a policy, and against an earlier report: what holds and what does not.
 
-METRICS says everything the gate can ask of a report, where the figure stands in it and how much
-worse than a baseline it may be; DEFAULT_THRESHOLDS holds the limits that apply when none is named.
-A figure that is asked for and missing fails: silence is no evidence.
-
-Knows nothing of models, tensors or how the figures were measured.
+A figure misses its limit when its whole 95 % interval lies beyond it. A figure that the report does
+not have, or has from too small a sample, decides nothing: silence is no evidence. Knows nothing of
+models, tensors, files of policies or how a verdict is shown.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from llama4q.errors import UserError
 
-Report = Mapping[str, Any]
+from .diagnosis import where_to_look
+from .figures import Reading, Report, same_sample
+from .policy import Kind, Limit, Policy
+
+SCHEMA = 2  # of reports; files of another one are refused
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """The limits of a check; None is not checked."""
+class Answer(Enum):
+    """Of one line, or of all; the worst one last. The number is the exit code of `check`."""
 
-    max_kl_mean: float | None = None  # nats per token
-    max_kl_p99: float | None = None  # nats per token, 99th percentile over tokens
-    min_top1_agreement: float | None = None  # share of positions, 0 to 1
-    max_perplexity_increase: float | None = None  # quantized / original - 1
-    min_retrieval: float | None = None  # quantized / original share of exact answers
-    min_routing_agreement: float | None = None  # share of tokens in the worst layer, 0 to 1
-    max_fallbacks: int | None = None  # tensors rounded to nearest because no solution was found
+    PASS = 0
+    UNDECIDED = 3
+    FAIL = 1
 
 
-# Wide enough for good 4-bit weights, narrow enough to stop a broken checkpoint; whoever has a
-# baseline should hold to that. No limit on fallbacks: a report of `eval` cannot know them, and the
-# harm they do shows in the divergence.
-DEFAULT_THRESHOLDS = Thresholds(
-    max_kl_mean=0.05,
-    max_kl_p99=0.5,
-    min_top1_agreement=0.9,
-    max_perplexity_increase=0.03,
-    min_retrieval=0.95,
-    min_routing_agreement=0.9,
-)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of a report: its limit in Thresholds, its reader, its tolerance."""
-
-    limit: str  # the field of Thresholds; its first three letters tell maximum from minimum
-    name: str
-    read: Callable[[Report], float | None]
-    # worse than a baseline by at most the larger of these two
-    tolerance: float  # in the metric's unit
-    relative_tolerance: float = 0.0  # as a share of the baseline's figure
-
-    @property
-    def smaller_is_better(self) -> bool:
-        return self.limit.startswith("max")
-
-    def within(self, value: float, limit: float) -> bool:
-        """False for NaN, whichever side the limit is on."""
-        return value <= limit if self.smaller_is_better else value >= limit
-
-    def limit_from(self, baseline: float) -> float:
-        room = max(self.tolerance, self.relative_tolerance * abs(baseline))
-        return baseline + room if self.smaller_is_better else baseline - room
+SEVERITY = tuple(Answer)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One question to the report and its answer."""
+    """One limit, the reading that keeps it worst, and whether it holds."""
 
-    metric: str
-    value: float | str | None  # None: the report doesn't say
-    limit: str
-    passed: bool
+    limit: Limit
+    reading: Reading
+    bound: float | None  # what the reading may be; None where that is not known
+    before: float | None  # the baseline's value, where it counts and there is one
+    answer: Answer
+    remark: str = ""  # what the numbers alone do not say
+    look: str = ""  # where a failure comes from
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All lines of a check, in the order of METRICS."""
+    """A line for each limit of the policy that could be asked."""
 
     lines: tuple[Line, ...]
+    unasked: int  # limits that need a baseline, where none was named
 
     @property
-    def passed(self) -> bool:
-        return all(line.passed for line in self.lines)
+    def answer(self) -> Answer:
+        return max((line.answer for line in self.lines), key=SEVERITY.index)
 
 
 def load_report(path: Path) -> dict[str, Any]:
@@ -101,173 +70,114 @@ def load_report(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); name the JSON file of a run"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); run the evaluation again") from None
     if not isinstance(report, dict) or not ("llama4q" in report or "evidence" in report):
         raise UserError(f"{path}: JSON, but not a report of llama4q; name the report of a run")
+    schema = report.get("schema", 1)  # the first one did not say
+    if schema != SCHEMA:
+        raise UserError(
+            f"{path}: a report of schema {str(schema)[:40]}, but this llama4q reads {SCHEMA}; "
+            f"run `llama4q eval` again with this version"
+        )
     return report
 
 
-def check(report: Report, thresholds: Thresholds, baseline: Report | None = None) -> Verdict:
-    """Each limit of `thresholds`, then each figure of `baseline`, against `report`.
+def check(report: Report, policy: Policy, baseline: Report | None = None) -> Verdict:
+    """Every limit of `policy` against `report`.
 
-    Raises UserError when there is nothing to check, or a figure of either report is malformed.
+    Limits that need a baseline are asked only where there is one. Raises UserError when no limit is
+    left, or a figure of either report is malformed.
     """
-    lines = _threshold_lines(report, thresholds)
-    if baseline is not None:
-        lines += _baseline_lines(report, baseline)
-    if not lines:
-        missing = "no limit is named" if baseline is None else "the baseline holds no figure"
-        raise UserError(f"nothing to check, {missing}; name a limit or another baseline")
-    return Verdict(tuple(lines))
+    asked = [one for one in policy.limits if baseline is not None or not one.kind.needs_baseline]
+    if not asked:
+        raise UserError("every limit of the policy needs a baseline; name one with --baseline")
+    lines = tuple(_Question(report, policy, limit, baseline or {}).line() for limit in asked)
+    return Verdict(lines, len(policy.limits) - len(asked))
 
 
-def _threshold_lines(report: Report, thresholds: Thresholds) -> list[Line]:
-    lines = []
-    for metric in METRICS:
-        limit = getattr(thresholds, metric.limit)
-        if limit is not None:
-            lines.append(_line(metric, metric.name, report, limit))
-    return lines
+@dataclass(frozen=True)
+class _Question:
+    """One limit, put to all readings of its figure."""
 
+    report: Report
+    policy: Policy
+    limit: Limit
+    baseline: Report
 
-def _baseline_lines(report: Report, baseline: Report) -> list[Line]:
-    """A line for each figure the baseline has: what was measured once must not vanish unseen."""
-    lines = []
-    for metric in METRICS:
-        before = metric.read(baseline)
-        if before is not None:
-            name = f"{metric.name}, vs baseline"
-            lines.append(_line(metric, name, report, metric.limit_from(before)))
-    for section in ("likelihood", "retrieval"):
-        expected, found = _digest(baseline, section), _digest(report, section)
-        if expected and found and expected != found:
-            name = f"{section}: same tokens as baseline"
-            lines.append(Line(name, found[:12], f"= {expected[:12]}", False))
-    return lines
+    def line(self) -> Line:
+        """Of the reading that keeps the limit worst."""
+        figure, limit = self.limit.figure, self.limit
+        readings = [one for one in figure.read(self.report) if one.place not in limit.but]
+        if limit.place:
+            readings = [one for one in readings if one.place == limit.place]
+        if not readings:
+            nothing = Reading(None, place=limit.place)
+            if limit.place:
+                return self._undecided(nothing, f"no such {figure.by} in the report")
+            return Line(
+                limit, nothing, None, None, Answer.PASS, f"the report has no {figure.by} for it"
+            )
+        worst = max(map(self._judged, readings), key=_badness)
+        if worst.answer is not Answer.FAIL:
+            return worst
+        look = where_to_look(figure, self.report, self.baseline)
+        return dataclasses.replace(worst, look=look)
 
+    def _judged(self, reading: Reading) -> Line:
+        limit, value, missing = self.limit, reading.value, self._missing(reading)
+        if value is None or missing:
+            return self._undecided(reading, missing or "not in the report")
+        before = self._before(reading)
+        bound = limit.bound(0.0 if before is None else before)
+        interval = None if limit.strict else reading.interval
+        low, high = interval or (value, value)
+        larger = limit.figure.larger_is_better
+        beyond, surely = (value < bound, high < bound) if larger else (value > bound, low > bound)
+        zero = 0.0 if limit.figure.relative else before
+        remark = ""
+        if beyond and not surely:
+            remark = "beyond the limit, but not at 95 %"
+        elif not surely and interval and zero is not None and low <= zero <= high:
+            remark = "no difference seen"
+        answer = Answer.FAIL if surely else Answer.PASS
+        return Line(limit, reading, bound, before, answer, remark)
 
-def _line(metric: Metric, name: str, report: Report, limit: float) -> Line:
-    value = metric.read(report)
-    sign = "≤" if metric.smaller_is_better else "≥"
-    passed = value is not None and metric.within(value, limit)
-    return Line(name, value, f"{sign} {limit:.4g}", passed)
+    def _missing(self, reading: Reading) -> str:
+        """What a value does not have that it needs; empty where there is enough, or no value."""
+        limit, section = self.limit, self.limit.figure.section
+        if reading.value is None:
+            return ""
+        if section is not None:
+            sample = section.sample(self.report) if reading.prompts is None else reading.prompts
+            least = self.policy.least(section)
+            if (sample or 0) < least:
+                return f"{sample or 0:,.0f} {section.unit}, the policy asks for {least:,}"
+        if limit.figure.estimated and not limit.strict and reading.interval is None:
+            return "no interval, as from a single window"
+        if not limit.kind.needs_baseline:
+            return ""
+        if not same_sample(section, self.report, self.baseline):
+            return f"measured on other {section.unit if section else ''} than the baseline"
+        return "not in the baseline" if self._before(reading) is None else ""
 
-
-def _find(report: Report, path: str) -> object:
-    """The entry at a dotted path; None where it or anything on the way is missing."""
-    found: object = report
-    for key in path.split("."):
-        if found is None:
+    def _before(self, reading: Reading) -> float | None:
+        """The baseline's value for it, where that counts."""
+        if not self.limit.kind.needs_baseline:
             return None
-        if not isinstance(found, Mapping):
-            raise _malformed(path, "an object", found)
-        found = found.get(key)
-    return found
+        found = {one.place: one.value for one in self.limit.figure.read(self.baseline)}
+        return found.get(reading.place)
+
+    def _undecided(self, reading: Reading, why: str) -> Line:
+        return Line(self.limit, reading, None, None, Answer.UNDECIDED, why)
 
 
-def _number(report: Report, path: str) -> float | None:
-    found = _find(report, path)
-    if found is None:
-        return None
-    # JSON's true is an int to Python
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise _malformed(path, "a number", found)
-    return float(found)
-
-
-def _entries(report: Report, path: str) -> list[Report] | None:
-    found = _find(report, path)
-    if found is None:
-        return None
-    if not isinstance(found, list) or not all(isinstance(entry, Mapping) for entry in found):
-        raise _malformed(path, "a list of objects", found)
-    return found
-
-
-def _malformed(path: str, expected: str, found: object) -> UserError:
-    return UserError(
-        f"report: {path} should be {expected} but is {str(found)[:40]!r}; run the evaluation again"
-    )
-
-
-def _digest(report: Report, section: str) -> str | None:
-    found = _find(report, f"evidence.{section}.digest")
-    return None if found is None else str(found)
-
-
-def _ratio(report: Report, quantized: str, original: str) -> float | None:
-    """One figure over another; None where either is missing or the original is zero."""
-    above, below = _number(report, quantized), _number(report, original)
-    return above / below if above is not None and below else None
-
-
-def _perplexity_increase(report: Report) -> float | None:
-    section = "evidence.likelihood"
-    ratio = _ratio(report, f"{section}.quantized.perplexity", f"{section}.original.perplexity")
-    return None if ratio is None else ratio - 1
-
-
-def _retrieval(report: Report) -> float | None:
-    return _ratio(report, "evidence.retrieval.quantized", "evidence.retrieval.original")
-
-
-def _worst_routing(report: Report) -> float | None:
-    layers = _entries(report, "evidence.layers")
-    if layers is None:
-        return None
-    if any("agreement" not in layer for layer in layers):  # null in a dense one
-        return None
-    found = [_number(layer, "agreement") for layer in layers]
-    shares = [share for share in found if share is not None]
-    # A model without routed experts has none: nothing is routed differently. NaN, which
-    # compares with nothing, counts as the worst.
-    return min(shares, key=lambda share: (share == share, share), default=1.0)
-
-
-def _fallbacks(report: Report) -> float | None:
-    rescues = _entries(report, "rescues")
-    return None if rescues is None else sum(rescue.get("kind") == "fallback" for rescue in rescues)
-
-
-METRICS = (
-    Metric(
-        "max_kl_mean",
-        "KL divergence, mean (nats per token)",
-        lambda report: _number(report, "evidence.likelihood.kl_mean"),
-        tolerance=1e-4,
-        relative_tolerance=0.05,
-    ),
-    Metric(
-        "max_kl_p99",
-        "KL divergence, 99th percentile (nats per token)",
-        lambda report: _number(report, "evidence.likelihood.kl_p99"),
-        tolerance=1e-3,
-        relative_tolerance=0.1,
-    ),
-    Metric(
-        "min_top1_agreement",
-        "top-1 agreement (share of tokens)",
-        lambda report: _number(report, "evidence.likelihood.top1_agreement"),
-        tolerance=0.005,
-    ),
-    Metric(
-        "max_perplexity_increase",
-        "perplexity increase (quantized / original - 1)",
-        _perplexity_increase,
-        tolerance=0.005,
-    ),
-    Metric(
-        "min_retrieval",
-        "retrieval (quantized / original)",
-        _retrieval,
-        tolerance=0.02,
-    ),
-    Metric(
-        "min_routing_agreement",
-        "routing agreement, worst layer (share of tokens)",
-        _worst_routing,
-        tolerance=0.01,
-    ),
-    Metric("max_fallbacks", "fallbacks (tensors)", _fallbacks, tolerance=0),
-)
+def _badness(line: Line) -> tuple[int, float]:
+    """By answer, then by how far beyond its bound: in the figure's unit, or as a ratio is meant."""
+    value, bound = line.reading.value, line.bound
+    if value is None or bound is None:
+        return SEVERITY.index(line.answer), math.inf
+    beyond = bound - value if line.limit.figure.larger_is_better else value - bound
+    if line.limit.kind is Kind.BASELINE_RATIO and line.before:
+        beyond /= line.before
+    return SEVERITY.index(line.answer), beyond

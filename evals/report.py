@@ -10,7 +10,9 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .gate import Report, Verdict
+from .figures import Report
+from .gate import Verdict
+from .verdict import answer, remarks, table
 from .wording import count, drawn, part, percent, pooled, size
 
 WIDTH = 100
@@ -33,20 +35,10 @@ def render(report: Report) -> str:
 
 
 def render_verdict(verdict: Verdict) -> str:
-    """A line for each question to the report, and the answer to them all."""
-    rows = [
-        (line.metric, _figure(line.value), line.limit, "pass" if line.passed else "FAIL")
-        for line in verdict.lines
-    ]
-    failed = sum(not line.passed for line in verdict.lines)
-    answer = f"failed: {failed} of {len(rows)}" if failed else f"passed: all {len(rows)}"
-    return _table([("check", "value", "limit", "verdict"), *rows]) + f"\n\n{answer}"
-
-
-def _figure(value: float | str | None) -> str:
-    if value is None:
-        return "no evidence"
-    return value if isinstance(value, str) else f"{value:.4g}"
+    """A line for each limit, what else is to say, and the answer to them all."""
+    said = [_wrapped("", remark) for remark in remarks(verdict)]
+    parts = [_table(table(verdict)), "\n".join(said), answer(verdict)]
+    return "\n\n".join(part for part in parts if part)
 
 
 # --- the sections ---

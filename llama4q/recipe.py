@@ -7,7 +7,6 @@ file. Knows nothing of tensors.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
 from collections.abc import Collection, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 
 from . import bnb
 from .config import ModelConfig
-from .errors import UserError
+from .errors import UserError, nearest
 from .schemes import BF16, SCHEMES, Scheme
 from .weights import Component, LinearName, linears
 
@@ -217,12 +216,6 @@ def _refuse_unknown(
             raise UserError(
                 f"{where}: unknown key {key!r}{at}{nearest(key, known)} (known: {', '.join(known)})"
             )
-
-
-def nearest(word: str, known: Collection[str]) -> str:
-    """A question with the known word that is most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def adjusted(

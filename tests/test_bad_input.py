@@ -28,7 +28,7 @@ from llama4q.checkpoint import INDEX, SINGLE, Checkpoint
 from llama4q.hub import POCKET_MODEL
 from llama4q.writer import WORK
 
-from . import tiny
+from . import plain_reports, tiny
 from .test_writer import as_nobody
 
 ROOT = Path(__file__).parent.parent
@@ -74,12 +74,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def mistake(*arguments: object) -> str:
+def mistake(*arguments: object, code: int = 1) -> str:
     """The one line that the command ends with, after nothing but progress."""
     found = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
     if not isinstance(found.exception, SystemExit):
         raise AssertionError(found.output) from found.exception
-    assert found.exit_code == 1
+    assert found.exit_code == code
     assert found.stdout == ""
     *progress, last = found.stderr.splitlines()
     assert last.startswith("Error: ")
@@ -573,22 +573,43 @@ def test_a_source_that_changes_on_the_way(
     assert "layer 0, part 1 of 2 was written before: checked and replayed" in found.stderr
 
 
-# Reports
+# Reports and policies: exit code 2, as 1 is an answer
+
+
+REPORT = json.dumps(plain_reports.report())
+POLICY = "[likelihood.kl_mean]\nmax = 0.05"
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("report", "policy", "words"),
     [
-        (None, "no such report"),
-        ("{", "not valid JSON"),
-        ("[]", "JSON, but not a report of llama4q"),
-        ('{"evidence": {}, "rescues": 3}', "rescues"),
+        (None, POLICY, "no such report"),
+        ("{", POLICY, "not valid JSON"),
+        ("[]", POLICY, "JSON, but not a report of llama4q"),
+        ('{"schema": 2, "evidence": 3}', POLICY, "should be an object but is '3'"),
+        ('{"llama4q": "0.1.0", "evidence": {}}', POLICY, "a report of schema 1, but"),
+        (REPORT, None, "gate.toml: cannot be read (No such file or directory)"),
+        (REPORT, "[likelihood.kl]\nmax = 1", "unknown figure [likelihood.kl]; did you mean"),
+        (REPORT, f"{POLICY}\nmin = 2\nmax = 1", "not valid TOML"),
+        (REPORT, f"{POLICY}\nbaseline_rato = 2", "did you mean 'baseline_ratio'?"),
+        (REPORT, "[layers.jump]\nbaseline_ratio = 2", "name one with --baseline"),
     ],
 )
-def test_reports_that_are_none(content: str | None, words: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "report.json").write_text(content)
-    assert words in mistake("check", tmp_path / "report.json", "--max-fallbacks", "0")
+def test_reports_and_policies_that_are_none(
+    report: str | None, policy: str | None, words: str, tmp_path: Path
+) -> None:
+    paths = tmp_path / "report.json", tmp_path / "gate.toml"
+    for path, content in zip(paths, (report, policy), strict=True):
+        if content is not None:
+            path.write_text(content)
+    assert words in mistake("check", paths[0], "--policy", paths[1], code=2)
+
+
+@pytest.mark.parametrize("option", ["--junit", "--markdown"])
+def test_a_verdict_that_cannot_be_written(option: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(REPORT)
+    line = mistake("check", tmp_path / "report.json", option, tmp_path / "no" / "file", code=2)
+    assert "no/file: cannot be written (No such file or directory); name another file" in line
 
 
 # A process of its own

@@ -306,11 +306,12 @@ def test_every_command(tmp_path: Path) -> None:
     source, folder = tiny.write(tmp_path / "source", variant), tmp_path / "out"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET_MODEL / name, source)
+    (tmp_path / "gate.toml").write_text("[likelihood.kl_mean]\nmax = 9")
     measured = "--eval-windows 2 --eval-length 64 --lengths 80 --json"
     for command in (
         f"quantize {source} {folder} --recipe bnb-nf4 --samples 1 --length 64 {measured}",
         f"eval {folder} --against {source} {measured} --out {tmp_path / 'eval.json'}",
-        f"check {folder}/report.json --max-kl 9",
+        f"check {folder}/report.json --policy {tmp_path / 'gate.toml'}",
         f"fit {folder} --context 4096",
     ):
         done = CliRunner().invoke(main, command)

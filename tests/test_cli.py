@@ -14,21 +14,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
 
 import cli
 from evals.card import markdown
+from evals.figures import FIGURES
 from evals.html.page import page
 from llama4q import __version__
 from llama4q.checkpoint import Checkpoint
 from llama4q.hidden import Spool
 from llama4q.recipe import shipped_recipes
 
-from . import tiny
+from . import plain_reports, tiny
 from .test_bad_input import QUICK, VARIANT, with_tokenizer
-from .test_gate import GOOD
 from .test_ruler import squad
 
 ROOT = Path(__file__).parent.parent
@@ -328,51 +329,100 @@ def test_fit_answers_with_its_exit_code(source: Path) -> None:
     assert ran(*small).exit_code == 1
 
 
+LOOSE = ("min_tokens=0", "min_prompts=0", "strict=true")
+EVERY_FIGURE = [
+    f"{name}.min = -1e12" if figure.larger_is_better else f"{name}.max = 1e12"
+    for name, figure in FIGURES.items()
+]
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a good report, a better one, one with little in it, and a policy."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    better = {"evidence.layers.1.hidden_error": 0.0025}
+    for name, report in (
+        ("report", plain_reports.report()),
+        ("baseline", plain_reports.altered(better)),
+        ("little", plain_reports.altered({"evidence.retrieval": None})),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    (tmp_path / "gate.toml").write_text("[likelihood.kl_p99]\nmax = 0.09")
+
+
 @pytest.mark.parametrize(
-    ("options", "code"),
+    ("arguments", "code"),
     [
-        ([], 0),
-        (["--max-kl", "0.004"], 0),
-        (["--max-kl", "0.0039"], 1),
-        (["--max-kl-p99", "0.01"], 1),
-        (["--min-top1", "0.98"], 1),
-        (["--max-perplexity-increase", "0.001"], 1),
-        (["--min-retrieval", "0.999"], 1),
-        (["--min-routing", "0.96"], 1),
-        (["--max-fallbacks", "0"], 0),
-        (["--baseline", "baseline.json"], 1),
-        (["--baseline", "report.json"], 0),
+        (["report.json"], 0),
+        (["report.json", "--baseline", "report.json"], 0),
+        (["report.json", "--baseline", "baseline.json"], 1),
+        (["report.json", "--policy", "gate.toml"], 1),
+        (["report.json", "--policy", "gate.toml", "--limit", "likelihood.kl_p99.max=0.1"], 0),
+        (["report.json", "--limit", "rescues.fallback.max = 0"], 0),
+        (["report.json", "--limit", "likelihood.kl_p999.max = 0.2"], 1),
+        (["little.json"], 3),
+        (["little.json", "--limit", "likelihood.kl_max.max = 1"], 1),
     ],
 )
-def test_check_answers_with_its_exit_code(
-    options: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    better = json.loads(json.dumps(GOOD))
-    better["evidence"]["likelihood"]["kl_mean"] = 0.0001
-    (tmp_path / "report.json").write_text(json.dumps(GOOD))
-    (tmp_path / "baseline.json").write_text(json.dumps(better))
-    monkeypatch.chdir(tmp_path)
-    found = ran("check", "report.json", *options)
+@pytest.mark.usefixtures("judged")
+def test_check_answers_with_its_exit_code(arguments: list[str], code: int) -> None:
+    found = ran("check", *arguments)
     assert found.exit_code == code
     assert found.stderr == ""
-    as_json = ran("check", "report.json", *options, "--json")
+    as_json = ran("check", *arguments, "--json")
     assert as_json.exit_code == code
+    assert json.loads(as_json.stdout)["exit_code"] == code
     assert json.loads(as_json.stdout)["passed"] is (code == 0)
 
 
+@pytest.mark.usefixtures("judged")
+def test_check_writes_what_ci_systems_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("summary.md").write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    command = "check report.json --policy gate.toml --junit found.xml --markdown found.md"
+    assert ran(*command.split()).exit_code == 1
+    assert len(list(ElementTree.parse("found.xml").iter("failure"))) == 1
+    assert Path("found.md").read_text().startswith("### llama4q check: failed: 1 of 1 limits")
+    assert Path("summary.md").read_text() == f"before\n{Path('found.md').read_text()}"
+
+
+def test_check_shows_the_policy_that_holds_by_default(tmp_path: Path) -> None:
+    shown = ran("check", "--show-policy")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    (tmp_path / "gate.toml").write_text(shown.stdout)
+    (tmp_path / "report.json").write_text(json.dumps(plain_reports.report()))
+    verdicts = [
+        ran("check", tmp_path / "report.json", "--json", *options).stdout
+        for options in ([], ["--policy", tmp_path / "gate.toml"])
+    ]
+    assert verdicts[0] == verdicts[1]
+
+
 def test_check_takes_the_report_of_a_run(output: Path, report: dict[str, Any]) -> None:
+    """Every figure of a real report can be read, but for what it has too little of."""
     path = output / "report.json"
-    assert ran("check", path, "--max-kl", "1", "--max-fallbacks", "0").exit_code == 0
-    assert ran("check", path, "--max-kl", "0").exit_code == 1
-    assert ran("check", path, "--baseline", path).exit_code == 0
+    options = [option for line in (*LOOSE, *EVERY_FIGURE) for option in ("--limit", line)]
+    verdict = json.loads(ran("check", path, *options, "--baseline", path, "--json").stdout)
+    answers = {line["figure"]: line["answer"] for line in verdict["lines"]}
+    assert set(answers) == set(FIGURES)
+    assert set(answers.values()) == {"pass"}
 
 
-@pytest.mark.parametrize(("limit", "word"), [("1", "Passed"), ("0", "Failed")])
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ([*LOOSE, *EVERY_FIGURE], "Passed"),
+        ([*LOOSE, "likelihood.kl_mean.max=0"], "Failed"),
+        ([], "Not enough data"),
+    ],
+)
 def test_check_writes_the_page_with_its_verdict(
-    output: Path, report: dict[str, Any], tmp_path: Path, limit: str, word: str
+    output: Path, report: dict[str, Any], tmp_path: Path, changes: list[str], word: str
 ) -> None:
     written = tmp_path / "verdict.html"
-    ran("check", output / "report.json", "--max-kl", limit, "--html", written)
+    options = [option for line in changes for option in ("--limit", line)]
+    ran("check", output / "report.json", *options, "--html", written)
     assert f"<strong>{word}</strong>" in written.read_text()
     lost = ran("check", output / "report.json", "--html", tmp_path / "none" / "r.html")
     assert lost.stderr.startswith(f"Error: {tmp_path / 'none' / 'r.html'}: cannot be written")

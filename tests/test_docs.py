@@ -7,20 +7,22 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from calibrate.codes import Rescue
 from calibrate.run import predicted_bytes
 from cli import main
-from evals.gate import DEFAULT_THRESHOLDS
+from evals.figures import FIGURES
+from evals.policy import KEYS, SETTINGS, load_policy
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import parse_config, read_config
 from llama4q.export import quantization_config
@@ -34,6 +36,7 @@ from . import test_inspect, tiny
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs/guide.md").read_text()
+CI = (ROOT / "docs/ci.md").read_text()
 FORMAT = (ROOT / "docs/format.md").read_text()
 DESIGN = (ROOT / "docs/design.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -90,20 +93,49 @@ def test_guide_explains_every_option_of_a_command(name: str, option: click.Optio
         assert row[0].strip("`") == str(shown)
 
 
-def test_guide_has_the_default_limits() -> None:
-    table = rows(section(GUIDE, "### check"))
-    limits = {option.name: option.opts[0] for name, option in options() if name == "check"}
-    for field, limit in dataclasses.asdict(DEFAULT_THRESHOLDS).items():
-        assert table[f"`{limits[field]}`"][0] == ("none" if limit is None else str(limit))
+def test_guide_has_every_figure_and_key_of_a_policy() -> None:
+    text = section(section(GUIDE, "## Commands"), "### check")
+    table = rows(text)
+    for name, figure in FIGURES.items():
+        meaning, kind, *_ = table[f"`{name}`"]
+        assert meaning
+        assert kind == ("`min`" if figure.larger_is_better else "`max`")
+    [example] = blocks(text, "toml")
+    for key in (*KEYS, *SETTINGS):
+        assert key in example or f"`{key}`" in text, key
+
+
+def test_guide_shows_a_policy(tmp_path: Path) -> None:
+    [example] = blocks(section(section(GUIDE, "## Commands"), "### check"), "toml")
+    (tmp_path / "gate.toml").write_text(example)
+    assert len(load_policy(tmp_path / "gate.toml").limits) == 6
 
 
 def test_guide_shows_commands_that_parse() -> None:
     lines = "\n".join(blocks(GUIDE, "sh")).splitlines()
-    shown = [shlex.split(line, comments=True) for line in lines if line.startswith("llama4q")]
-    shown = [words[1:] for words in shown if "[options]" not in words]
-    assert {words[0] for words in shown} >= set(main.commands)
-    for name, *arguments in (words for words in shown if not words[0].startswith("-")):
-        main.commands[name].make_context(name, arguments)
+    shown = parsed(line for line in lines if "[options]" not in line)
+    assert shown >= set(main.commands)
+
+
+def test_the_page_on_ci_shows_commands_that_parse() -> None:
+    """And so do the steps of the workflow that it comes with."""
+    [job] = yaml.safe_load((ROOT / "docs/workflows/accuracy.yml").read_text())["jobs"].values()
+    assert parsed(step["run"] for step in job["steps"] if "run" in step) == {"eval", "check"}
+    lines = "\n".join(blocks(CI, "sh")).splitlines()
+    assert parsed(lines) == {"quantize", "eval", "check"}
+
+
+def parsed(lines: Iterable[str]) -> set[str]:
+    """The commands of llama4q among some lines of a shell, each with arguments that it takes."""
+    names = set()
+    for line in lines:
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        if words[:1] == ["llama4q"] and not words[1].startswith("-"):
+            name, *arguments = words[1:]
+            names.add(name)
+            if "--show-policy" not in arguments:  # which prints and ends
+                main.commands[name].make_context(name, arguments)
+    return names
 
 
 def test_guide_names_every_device() -> None:
@@ -111,7 +143,7 @@ def test_guide_names_every_device() -> None:
 
 
 def test_guide_teaches_the_whole_recipe() -> None:
-    [example] = blocks(GUIDE, "toml")
+    [example] = blocks(section(GUIDE, "## Recipes"), "toml")
     recipe = parse_recipe(example, "the guide")
     assert recipe.calibration == Calibration()
     assert recipe.solver == Solver()

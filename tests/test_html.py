@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from evals.gate import Thresholds, check
+from evals.gate import check
 from evals.html import colours
 from evals.html.axis import Axis, logarithmic, named, numbered, whole_ticks
 from evals.html.element import VOID, element
 from evals.html.page import page
+from evals.policy import Policy, load_policy
 from evals.wording import length, number, signed
 
 from . import reports
@@ -76,8 +77,8 @@ class Tree(HTMLParser):
         self.open[-1].children.append(data)
 
 
-def parsed(report: dict[str, Any], thresholds: Thresholds | None = None) -> Node:
-    verdict = None if thresholds is None else check(report, thresholds)
+def parsed(report: dict[str, Any], policy: Policy | None = None) -> Node:
+    verdict = None if policy is None else check(report, policy)
     return Tree(page(report, verdict)).open[0]
 
 
@@ -329,16 +330,21 @@ def test_a_difference_is_judged_by_its_interval(interval: list[float], word: str
 
 
 def test_the_verdict_is_on_top() -> None:
-    passed = parsed(FULL, Thresholds(max_kl_mean=0.05, min_top1_agreement=0.9))
-    [top] = passed.all("header")
-    assert "Passed: all 2 limits of the accuracy gate hold." in top.text
+    [top] = parsed(FULL, load_policy(None)).all("header")
+    assert "Passed: all 11 limits of the accuracy gate." in top.text
     assert "open" not in top.all("details")[0].attributes
-    [top] = parsed(FULL, Thresholds(max_kl_mean=0.01, min_top1_agreement=0.9)).all("header")
-    assert "Failed: 1 of 2 limits of the accuracy gate do not hold." in top.text
+    failing = load_policy(None, ["likelihood.kl_mean.max=0.01"])
+    [top] = parsed(FULL, failing).all("header")
+    assert "Failed: 1 of 11 limits of the accuracy gate." in top.text
     assert "open" in top.all("details")[0].attributes
     rows = tables(top)["Limits of the accuracy gate"]
-    assert rows[1] == ["KL divergence, mean (nats per token)", "0.0118", "≤ 0.01", "FAIL"]
+    assert rows[1] == ["KL, mean (nats per token)", "0.0118 [0.0111, 0.0125]", "≤ 0.01", "FAIL"]
     assert rows[2][-1] == "pass"
+    assert any("look at layer " in item.text for item in top.all("li"))
+    unknown = copy.deepcopy(FULL)
+    unknown["evidence"]["retrieval"] = None
+    [top] = parsed(unknown, load_policy(None)).all("header")
+    assert "Not enough data: 3 of 11 limits of the accuracy gate." in top.text
     assert "accuracy gate" not in parsed(FULL).all("header")[0].text
 
 

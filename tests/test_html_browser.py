@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from evals.gate import Thresholds, check
+from evals.gate import check
 from evals.html.page import page
+from evals.policy import load_policy
 
 from . import reports
 from .browser import CHROMIUM, Browser
@@ -56,7 +57,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     found = {name: folder / f"{name}.html" for name in PAGES}
     for name, path in found.items():
-        verdict = check(PAGES[name], Thresholds(max_kl_mean=0.01, max_kl_p99=0.5))
+        verdict = check(PAGES[name], load_policy(None, ["likelihood.kl_mean.max=0.01"]))
         path.write_text(page(PAGES[name], verdict), encoding="utf-8")
     return found
 

@@ -32,7 +32,10 @@ UNKNOWING = {
     "calibrate.hessian": ("model", "checkpoint", "weights", "config", "recipe"),
     "calibrate.eta": ("model", "checkpoint", "weights", "config", "recipe"),
     "calibrate.data": ("model", "checkpoint", "weights", "config"),
-    "evals.gate": ("model", "checkpoint", "weights", "config"),
+    "evals.figures": ("policy", "gate", "verdict"),
+    "evals.policy": ("gate", "verdict", "report"),
+    "evals.gate": ("verdict", "report", "model", "checkpoint", "weights", "config"),
+    "evals.verdict": ("report", "model", "checkpoint", "weights", "config"),
     "evals.report": ("model", "checkpoint", "weights", "config"),
 }
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from evals.gate import DEFAULT_THRESHOLDS, check
-from evals.report import WIDTH, render, render_verdict
+from evals.report import WIDTH, render
 
 EXPERT = "language_model.model.layers.0.feed_forward.experts.0.gate_up_proj"
 
@@ -155,8 +154,6 @@ def test_no_line_is_wider_than_the_terminal() -> None:
     text = render(wide)
     assert max(len(line) for line in text.splitlines()) <= WIDTH
     assert text.count("8,388,608") == 2  # the longest of 16 lengths: by length, by depth
-    verdict = render_verdict(check(wide, DEFAULT_THRESHOLDS, FULL))
-    assert max(len(line) for line in verdict.splitlines()) <= WIDTH
 
 
 def test_experts_with_too_few_tokens_are_marked() -> None:
@@ -255,14 +252,3 @@ def test_anything_may_be_missing(path: tuple[str, ...]) -> None:
 
 def test_an_empty_report_names_what_was_not_measured() -> None:
     assert render({"llama4q": "0.1.0"}) == "not measured: likelihood, layers, retrieval"
-
-
-def test_a_verdict_is_a_table_and_an_answer() -> None:
-    lines = squeezed(render_verdict(check(without("evidence", "retrieval"), DEFAULT_THRESHOLDS)))
-    assert lines[0] == "check value limit verdict"
-    assert "KL divergence, mean (nats per token) 0.004 ≤ 0.05 pass" in lines
-    assert "retrieval (quantized / original) no evidence ≥ 0.95 FAIL" in lines
-    assert lines[-1] == "failed: 1 of 6"
-    healthy = copy.deepcopy(FULL)
-    healthy["evidence"]["retrieval"]["quantized"] = 1.0
-    assert render_verdict(check(healthy, DEFAULT_THRESHOLDS)).endswith("\n\npassed: all 6")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..gate import Report
+from ..figures import Report
 from ..wording import UNKNOWN, count, number, part, percent, signed
 from .axis import Axis, logarithmic
 from .element import Markup, element, joined

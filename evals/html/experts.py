@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ..gate import Report
+from ..figures import Report
 from ..wording import count, number, part, percent, signed
 from .colours import (
     LEVELS,

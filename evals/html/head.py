@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ..gate import Report, Verdict
+from ..figures import Report
+from ..gate import Answer, Line, Verdict
+from ..verdict import answer, remarks
+from ..verdict import table as limits
 from ..wording import UNKNOWN, count, ends, number, part, percent, signed, size
 from .element import Child, Markup, element
 from .section import judged
-from .table import Cell, table
+from .table import Cell, Row, table
 
 
 def title(report: Report) -> str:
@@ -61,37 +64,32 @@ def _fits(report: Report) -> str:
 
 
 def _verdict(verdict: Verdict) -> Markup:
-    failed = [line for line in verdict.lines if not line.passed]
-    asked = len(verdict.lines)
-    word, told = (
-        ("Passed", f"all {asked} limits of the accuracy gate hold")
-        if verdict.passed
-        else ("Failed", f"{len(failed)} of {asked} limits of the accuracy gate do not hold")
-    )
-    rows = [
-        (
-            line.metric,
-            "no evidence" if line.value is None else _value(line.value),
-            line.limit,
-            Cell("pass" if line.passed else "FAIL", "good" if line.passed else "bad"),
-        )
-        for line in verdict.lines
+    passed = verdict.answer is Answer.PASS
+    word, _, told = answer(verdict).partition(": ")
+    header, *rows = limits(verdict)
+    cells: list[Row] = [
+        (_named(line), *row[1:-1], Cell(row[-1], "good" if line.answer is Answer.PASS else "bad"))
+        for line, row in zip(verdict.lines, rows, strict=True)
     ]
+    said = [element("li", remark) for remark in remarks(verdict)]
     return element(
         "div",
-        element("p", element("strong", word), f": {told}."),
+        element("p", element("strong", word.capitalize()), f": {told} of the accuracy gate."),
         element(
             "details",
             element("summary", "The limits one by one"),
-            table("Limits of the accuracy gate", ("check", "value", "limit", "verdict"), rows),
-            open=not verdict.passed,
+            table("Limits of the accuracy gate", header, cells),
+            element("ul", said) if said else None,
+            open=not passed,
         ),
-        class_=f"verdict {'good' if verdict.passed else 'bad'}",
+        class_=f"verdict {'good' if passed else 'bad'}",
     )
 
 
-def _value(value: float | str) -> str:
-    return value if isinstance(value, str) else number(value)
+def _named(line: Line) -> str:
+    """The figure in words, and where it is worst."""
+    figure, place = line.limit.figure, line.reading.place
+    return f"{figure.title}, {figure.at(place)}" if place else figure.title
 
 
 def _cards(report: Report) -> list[Markup]:

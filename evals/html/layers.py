@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ..gate import Report
+from ..figures import Report
 from ..wording import count, number, percent
 from .axis import Axis, around, logarithmic, numbered, whole_ticks
 from .element import Markup, element

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..gate import Report
+from ..figures import Report
 from ..wording import UNKNOWN, count, part, percent, size
 from .element import Markup, element
 from .plots import key, stack

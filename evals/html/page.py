@@ -10,7 +10,8 @@ import base64
 import hashlib
 from pathlib import Path
 
-from ..gate import Report, Verdict
+from ..figures import Report
+from ..gate import Verdict
 from .colours import css
 from .divergence import divergence
 from .element import Markup, element

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..gate import Report
+from ..figures import Report
 from ..wording import count, drawn, measured, number, part, size
 from .element import Child, Markup, element
 from .section import Section, said, section

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..gate import Report
+from ..figures import Report
 from ..wording import count, ends, length, number, part, percent, pooled, signed
 from .colours import (
     LEVELS,
