@@ -135,7 +135,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]  # it has no types
         del requests, disable_tqdm
         raise UserError(
             "generation needs a pass through the whole model for each token, and llama4q streams "
-            "it from files; choose log-likelihood tasks, as mmlu_pro's or arc's multiple choice"
+            "it from files; choose log-likelihood tasks, as leaderboard_mmlu_pro or arc_challenge"
         )
 
     @torch.inference_mode()
