@@ -68,7 +68,7 @@ PHASES: dict[str, tuple[tuple[tuple[str, str], ...], tuple[Phase, ...]]] = {
     "judging": ((("calibrate/judge.py", ""), ("llama4q/schemes.py", "")), (Phase.JUDGE,)),
     "packing": ((("llama4q/packing.py", ""),), ()),
     "writing": ((("llama4q/writer.py", ""),), ()),
-    "evaluation": ((("evals/evaluation.py", ""), ("evals/likelihood.py", "")),
+    "evaluation": ((("evals/evaluation.py", ""), ("evals/layers.py", ""), ("evals/likelihood.py", "")),
                    (Phase.EVALUATION,)),
     "verification": ((("llama4q/verify.py", ""),), ()),
     "calibration text, questions": (

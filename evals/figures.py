@@ -16,7 +16,7 @@ from typing import Any
 
 from llama4q.errors import UserError
 
-from .proportions import Interval, Z, difference, wilson
+from .proportions import Interval, Z, matched, wilson
 
 Report = Mapping[str, Any]
 
@@ -252,7 +252,7 @@ def _tasks(report: Report) -> Mapping[str, Report] | None:
 
 
 def _lengths(report: Report) -> Mapping[str, Report] | None:
-    """Cells of all tasks pooled; how their prompts pair up is not in the report."""
+    """Cells of all tasks pooled."""
     tasks = entries(report, "evidence.retrieval.tasks")
     if tasks is None:
         return None
@@ -265,7 +265,7 @@ def _lengths(report: Report) -> Mapping[str, Report] | None:
 
 def pooled(cells: Sequence[Report]) -> Report:
     """Prompts, shares and difference of some cells together, as those of one task."""
-    prompts = sum(number(cell, "prompts") or 0 for cell in cells)
+    prompts = _sum(cells, "prompts")
     if not prompts:
         return {"prompts": 0}
     original, quantized = (
@@ -273,13 +273,17 @@ def pooled(cells: Sequence[Report]) -> Report:
         / prompts
         for side in ("original", "quantized")
     )
-    low, high = difference(quantized, original, prompts)
+    low, high = matched(_sum(cells, "lost"), _sum(cells, "gained"), prompts)
     return {
         "prompts": prompts,
         "original": original,
         "quantized": quantized,
         "difference": {"value": quantized - original, "low": low, "high": high},
     }
+
+
+def _sum(cells: Sequence[Report], key: str) -> float:
+    return sum(number(cell, key) or 0 for cell in cells)
 
 
 def _retrieval(parts: Parts, key: str) -> Reader:

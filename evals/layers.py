@@ -18,6 +18,9 @@ from llama4q.hidden import Store
 from llama4q.stream import Passing, pieces_of
 
 
+ROWS_AT_ONCE = 1024  # of four kinds, in F64
+
+
 @dataclass(frozen=True)
 class Part:
     """Sums over some tokens, F64."""
@@ -40,7 +43,11 @@ class Routed:
 
 def sums(plain: Passing, served: Passing) -> list[Part]:
     """Piece by piece, of two models' passages through the same layer."""
-    return [_part(plain, served, piece) for piece in pieces_of(plain.hidden)]
+    return [
+        _part(plain, served, slice(start, min(start + ROWS_AT_ONCE, piece.stop)))
+        for piece in pieces_of(plain.hidden)
+        for start in range(piece.start, piece.stop, ROWS_AT_ONCE)
+    ]
 
 
 def _part(plain: Passing, served: Passing, piece: slice) -> Part:

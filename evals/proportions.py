@@ -19,14 +19,14 @@ def wilson(share: float, count: float) -> Interval:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def difference(share: float, other: float, count: float) -> Interval:
-    """Of `share - other`, -1 to 1, where how the prompts pair up is not known.
+def matched(lost: float, gained: float, count: float) -> Interval:
+    """Of the change of a share, -1 to 1, between two models' answers to the same `count` prompts.
 
-    Two independent samples (Newcombe, Statistics in Medicine 17, 1998, method 10). Answers to the
-    same prompts mostly go together, which would make the interval narrower: it errs to the wide.
+    `lost` of them only the first one got right, `gained` only the second one. Wald's interval with
+    half a prompt more in each cell, so that answers which never changed do not claim that none ever
+    will (Agresti and Min, Statistics in Medicine 24, 2005).
     """
-    low, high = wilson(share, count)
-    other_low, other_high = wilson(other, count)
-    below = math.hypot(share - low, other_high - other)
-    above = math.hypot(high - share, other - other_low)
-    return share - other - below, share - other + above
+    whole, changed = count + 2, lost + gained + 1
+    change = (gained - lost) / whole
+    half = Z * math.sqrt(changed - whole * change**2) / whole
+    return max(-1.0, change - half), min(1.0, change + half)

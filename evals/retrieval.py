@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .prompt import Prompt
+from .proportions import matched
 from .statistics import mcnemar, resampled
 
 
@@ -93,21 +94,35 @@ def _task(name: str, rows: Sequence[_Row]) -> dict[str, Any]:
         "metric": "exact",
         **_compared([(plain.exact, served.exact) for _, plain, served in rows]),
         "cells": [
-            {"length": length, "depth": depth, **_shares(pairs)}
+            {"length": length, "depth": depth, **_cell(pairs)}
             for (length, depth), pairs in cells.items()
         ],
     }
     if any(len(prompt.answers) > 1 for prompt, _, _ in rows):
-        pairs = [(plain.recall, served.recall) for _, plain, served in rows]
-        found["recall"] = {**_shares(pairs), "difference": _difference(pairs)}
+        found["recall"] = _recall([(plain.recall, served.recall) for _, plain, served in rows])
     return found
 
 
 def _compared(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    lost = sum(plain and not served for plain, served in pairs)
-    gained = sum(served and not plain for plain, served in pairs)
-    difference = {**_difference(pairs), "p_value": mcnemar(lost, gained)}
+    """Of answers that are right or wrong."""
+    lost, gained = _changes(pairs)
+    low, high = matched(lost, gained, len(pairs))
+    value = (gained - lost) / len(pairs)
+    difference = {"value": value, "low": low, "high": high, "p_value": mcnemar(lost, gained)}
     return {**_shares(pairs), "difference": difference}
+
+
+def _changes(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int]:
+    """How many only the original got right, and only the quantized one."""
+    return (
+        sum(plain and not served for plain, served in pairs),
+        sum(served and not plain for plain, served in pairs),
+    )
+
+
+def _cell(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    lost, gained = _changes(pairs)
+    return {**_shares(pairs), "lost": lost, "gained": gained}
 
 
 def _shares(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -115,14 +130,15 @@ def _shares(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     return {"prompts": len(pairs), "original": plain, "quantized": served}
 
 
-def _difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def _recall(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Quantized less original; its interval is null where a single prompt gives none."""
     differences = torch.tensor([served - plain for plain, served in pairs], dtype=torch.float64)
     low: float | None = None
     high: float | None = None
     if len(pairs) > 1:
         low, high = resampled(differences[:, None] / len(pairs), lambda totals: totals[:, 0])
-    return {"value": float(differences.mean()), "low": low, "high": high}
+    difference = {"value": float(differences.mean()), "low": low, "high": high}
+    return {**_shares(pairs), "difference": difference}
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

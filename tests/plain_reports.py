@@ -58,6 +58,8 @@ def task(name: str, original: float, quantized: float, low: float, high: float) 
                 "prompts": 20,
                 "original": original,
                 "quantized": original - share * lost,
+                "lost": round(20 * share * lost),
+                "gained": 0,
             }
             for length, share in ((1024, 0), (4096, 2))
         ],

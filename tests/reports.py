@@ -199,6 +199,7 @@ def _retrieval(
                     {
                         "length": 4096 * 2**at, "depth": depth, "prompts": 20,
                         "original": before, "quantized": after,
+                        "lost": round(20 * (before - after)), "gained": 0,
                     }
                 )  # fmt: skip
         before, after = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from evals.proportions import difference, wilson
+from evals.proportions import matched, wilson
 
 
 @pytest.mark.parametrize(
@@ -22,11 +24,24 @@ def test_a_share(right: int, count: int, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "other", "low", "high"),
-    [(9, 3, 0.1705, 0.8090), (0, 0, -0.2775, 0.2775), (10, 0, 0.6075, 1.0)],
+    ("count", "lost", "gained"),
+    [(20, 0.02, 0.02), (20, 0.3, 0.1), (60, 0.01, 0.0), (200, 0.1, 0.05)],
 )
-def test_a_difference(right: int, other: int, low: float, high: float) -> None:
-    """Newcombe, ibid., pp. 873-890, table II, method 10: two samples of ten."""
-    assert difference(right / 10, other / 10, 10) == pytest.approx((low, high), abs=5e-5)
-    mirrored = difference(other / 10, right / 10, 10)
-    assert mirrored == pytest.approx((-high, -low), abs=5e-5)
+def test_a_change_is_inside_as_often_as_it_says(count: int, lost: float, gained: float) -> None:
+    """Every outcome by its probability: answers that one model alone gets right are trinomial."""
+    inside = 0.0
+    for one in range(count + 1):
+        for other in range(count + 1 - one):
+            low, high = matched(one, other, count)
+            if low <= gained - lost <= high:
+                neither = (1 - lost - gained) ** (count - one - other)
+                ways = math.comb(count, one) * math.comb(count - one, other)
+                inside += ways * lost**one * gained**other * neither
+    assert inside > 0.945
+
+
+def test_a_change_that_was_not_seen_may_be_there() -> None:
+    low, high = matched(0, 0, 60)
+    assert low == -high
+    assert high == pytest.approx(1.96 / 62, abs=1e-4)
+    assert matched(3, 0, 3)[0] == -1

@@ -85,8 +85,10 @@ def test_a_summary_by_hand() -> None:
     assert needle["difference"]["p_value"] == 0.5
     assert "recall" not in needle
     assert needle["cells"] == [
-        {"length": 10, "depth": 0.0, "prompts": 2, "original": 1.0, "quantized": 0.5},
-        {"length": 10, "depth": 1.0, "prompts": 1, "original": 1.0, "quantized": 0.0},
+        {"length": 10, "depth": 0.0, "prompts": 2, "original": 1.0, "quantized": 0.5}
+        | {"lost": 1, "gained": 0},
+        {"length": 10, "depth": 1.0, "prompts": 1, "original": 1.0, "quantized": 0.0}
+        | {"lost": 1, "gained": 0},
     ]
     assert [cell["depth"] for cell in vt["cells"]] == [None]
     assert (vt["original"], vt["quantized"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
@@ -94,9 +96,15 @@ def test_a_summary_by_hand() -> None:
     assert vt["recall"]["difference"]["value"] == pytest.approx(0)
 
 
-def test_a_single_prompt_has_no_interval() -> None:
+def test_a_single_prompt_says_next_to_nothing() -> None:
     found = retrieval.summary([prompt("needle", 0.5)], [Score(True, 1)], [Score(False, 0)], 0)
-    assert found["difference"] == {"value": -1.0, "low": None, "high": None, "p_value": 1.0}
+    difference = found["difference"]
+    assert (difference["value"], difference["low"], difference["p_value"]) == (-1.0, -1.0, 1.0)
+    assert difference["high"] > 0
+    recall = retrieval.summary(
+        [prompt("vt", None, answers=2)], [Score(True, 1)], [Score(False, 0)], 0
+    )["tasks"][0]["recall"]
+    assert recall["difference"] == {"value": -1.0, "low": None, "high": None}
 
 
 def test_the_interval_of_many_prompts_is_that_of_a_mean() -> None:
