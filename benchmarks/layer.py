@@ -68,8 +68,10 @@ PHASES: dict[str, tuple[tuple[tuple[str, str], ...], tuple[Phase, ...]]] = {
     "judging": ((("calibrate/judge.py", ""), ("llama4q/schemes.py", "")), (Phase.JUDGE,)),
     "packing": ((("llama4q/packing.py", ""),), ()),
     "writing": ((("llama4q/writer.py", ""),), ()),
-    "evaluation": ((("evals/evaluation.py", ""), ("evals/layers.py", ""), ("evals/likelihood.py", "")),
-                   (Phase.EVALUATION,)),
+    "evaluation": (
+        (("evals/evaluation.py", ""), ("evals/layers.py", ""), ("evals/likelihood.py", "")),
+        (Phase.EVALUATION,),
+    ),
     "verification": ((("llama4q/verify.py", ""),), ()),
     "calibration text, questions": (
         (("llama4q/text.py", ""), ("calibrate/data.py", ""), ("evals/questions.py", "")), ()

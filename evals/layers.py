@@ -17,7 +17,6 @@ import torch
 from llama4q.hidden import Store
 from llama4q.stream import Passing, pieces_of
 
-
 ROWS_AT_ONCE = 1024  # of four kinds, in F64
 
 
