@@ -2,8 +2,8 @@
 
     python -m benchmarks.gate_seeds QUANTIZED [--against pocket] [--seeds 20]
 
-Every seed is another evaluation: other passages of the held-out text and other prompts. QUANTIZED is
-judged on each of them as it is, and with faults of benchmarks/faults.py planted in copies: all
+Every seed is another evaluation: other passages of the held-out text and other prompts. QUANTIZED
+is judged on each of them as it is, and with faults of benchmarks/faults.py planted in copies: all
 scales of one expert 5 % too large, two experts swapped, attention temperature off. Prints a
 Markdown table: how many evaluations fail, and how often the verdict names the right place.
 """
@@ -49,7 +49,8 @@ def cool(folder: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "untouched": (lambda folder: None, ""),
     "scales of one expert times 1.05": (
-        lambda folder: plant(folder, scales(LAYER, EXPERT, 1.05)), f"layer {LAYER}, expert {EXPERT}",
+        lambda folder: plant(folder, scales(LAYER, EXPERT, 1.05)),
+        f"layer {LAYER}, expert {EXPERT}",
     ),
     "two experts swapped": (
         lambda folder: plant(folder, swap(LAYER, EXPERT, OTHER)), f"layer {LAYER}, expert",
