@@ -525,7 +525,7 @@ def evaluate(
     from llama4q.device import use_device
     from llama4q.hub import resolve
     from llama4q.inspect import component_bytes
-    from llama4q.text import load_tokenizer
+    from llama4q.text import check_same_tokens, load_tokenizer
     from llama4q.weights import LayerReader
     from llama4q.writer import to_json, write_atomically, writing
 
@@ -536,6 +536,7 @@ def evaluate(
         LayerReader(Checkpoint(side.folder, where), config, DTYPES[dtype])
         for side, config in zip((original, other), configs, strict=True)
     ]
+    check_same_tokens(original.folder, other.folder)
     questions = _questions(load_tokenizer(original.folder), configs[0], **measured_on)
     spool = _spool(configs[0], questions, memory, where)
     layers = readers[0].config.num_layers

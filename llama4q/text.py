@@ -290,6 +290,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
+def check_same_tokens(original: Path, quantized: Path) -> None:
+    """Raises UserError where another checkpoint's tokenizer gives other tokens than the original's.
+
+    Files may be written anew, so what counts is what each token is. Without one there is no check.
+    """
+    if not any((quantized / name).is_file() for name in TOKENIZER_FILES):
+        return
+    ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (original, quantized))
+    if ours == theirs:
+        return
+    token = min(key for key, _ in ours.items() ^ theirs.items())
+    raise UserError(
+        f"{quantized} and {original} have different tokenizers (token {token!r} is "
+        f"{theirs.get(token)} and {ours.get(token)}); compare a checkpoint with the one that it "
+        f"was made from"
+    )
+
+
 def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A document's tokens without begin-of-text; conversations as the chat template writes them.
 

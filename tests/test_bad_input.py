@@ -445,6 +445,20 @@ def test_eval_against_another_model(sound: Path, tmp_path: Path) -> None:
     assert line.startswith(f"{other} and {sound} are models of different sizes")
 
 
+def test_another_tokenizer(sound: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(sound, other)
+    raw = (other / "tokenizer.json").read_text()
+    vocabulary = json.loads(raw)["model"]["vocab"]
+    one, two = (next(key for key in vocabulary if vocabulary[key] == id) for id in (700, 701))
+    content = json.loads(raw)
+    content["model"]["vocab"] |= {one: 701, two: 700}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    line = mistake("eval", other, "--against", sound, *QUICK[4:])
+    assert line.startswith(f"{other} and {sound} have different tokenizers (token ")
+    assert "700 and 701" in line or "701 and 700" in line
+
+
 # The destination
 
 
