@@ -118,14 +118,19 @@ def _histogram(divergence: torch.Tensor) -> dict[str, list[float]]:
 def _compared(original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> Window:
     plain = functional.log_softmax(original.float(), dim=-1)
     served = functional.log_softmax(quantized.float(), dim=-1)
-    best = [side.topk(min(BEST, side.shape[1]), dim=1).indices for side in (plain, served)]
+    # BF16 logits tie: of the best ones argmax takes the first in both models, topk any; what ties
+    # with the quantized model's last one of BEST is among them
+    choices = plain.argmax(1), served.argmax(1)
+    count = min(BEST, plain.shape[1])
+    likely = plain.topk(count, dim=1).indices
+    last = served.topk(count, dim=1).values[:, -1:]
     return Window(
         original=-plain.gather(1, targets[:, None]).squeeze(1),
         quantized=-served.gather(1, targets[:, None]).squeeze(1),
         # KL is never below 0; F32 rounding may make it so by about 1e-7
         divergence=functional.kl_div(served, plain, log_target=True, reduction="none").sum(1),
-        same=(best[0][:, 0] == best[1][:, 0]).float(),
-        shared=(best[0][:, :, None] == best[1][:, None, :]).any(dim=2).float().mean(dim=1),
-        original_choice=best[0][:, 0],
-        quantized_choice=best[1][:, 0],
+        same=(choices[0] == choices[1]).float(),
+        shared=(served.gather(1, likely) >= last).float().mean(dim=1),
+        original_choice=choices[0],
+        quantized_choice=choices[1],
     )

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from evals import retrieval
 from evals.evaluation import Evaluation, compare
+from evals.likelihood import compared
 from evals.prompt import Prompt
 from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
@@ -168,6 +169,16 @@ def test_settings_that_differ_are_named_and_obeyed(tmp_path: Path) -> None:
     errors = [one["hidden_error"] for one in found["layers"]]
     assert errors[:3] == [0, 0, 0]  # layer 3 is the first global one
     assert errors[3] > 0
+
+
+def test_ties_are_no_disagreement() -> None:
+    """Logits in BF16 have many; the same ones in both models must give the same choices."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (200, 50), generator=generator).float()
+    window = compared([(scores, scores.clone(), torch.zeros(200, dtype=torch.int64))])
+    assert window.same.min() == 1
+    assert window.shared.min() == 1
+    assert torch.equal(window.original_choice, scores.argmax(1))
 
 
 @torch.inference_mode()
