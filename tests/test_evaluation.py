@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from evals import retrieval
 from evals.evaluation import Evaluation, compare
@@ -25,6 +23,7 @@ from llama4q.errors import UserError
 from llama4q.weights import LayerReader
 
 from . import runs, tiny
+from .naive import naive
 
 
 def reader(folder: Path) -> LayerReader:
@@ -33,40 +32,6 @@ def reader(folder: Path) -> LayerReader:
 
 def evidence(source: Path, quantized: Path, questions: Questions) -> dict[str, Any]:
     return compare(reader(source), reader(quantized), questions, lambda: None)
-
-
-@dataclass(frozen=True)
-class Naive:
-    """A model as transformers runs it: log-probabilities `[S, T - 1, vocabulary]`, F64, hidden
-    states after each layer but the last, what each layer's feed-forward adds `[S * T, D]`, F64,
-    and which expert of each layer every token goes to."""
-
-    logprobs: torch.Tensor
-    hidden: list[torch.Tensor]
-    added: list[torch.Tensor]
-    experts: list[torch.Tensor]
-
-
-def naive(folder: Path, windows: torch.Tensor) -> Naive:
-    model = tiny.transformers_model(folder)
-    experts: list[torch.Tensor] = []
-    added: list[torch.Tensor] = []
-
-    def feed_forward(module: Any, inputs: Any, found: Any) -> None:
-        out = found[0] if isinstance(found, tuple) else found
-        added.append(out.flatten(0, -2).double())
-
-    for layer in model.language_model.model.layers:
-        layer.feed_forward.register_forward_hook(feed_forward)
-        if hasattr(layer.feed_forward, "router"):
-            layer.feed_forward.router.register_forward_hook(
-                lambda module, inputs, found: experts.append(found[1].argmax(-1))
-            )
-    found = model(input_ids=windows, output_hidden_states=True)
-    logprobs = functional.log_softmax(found.logits[:, :-1].double(), dim=-1)
-    return Naive(
-        logprobs, list(found.hidden_states[1:-1]), added, experts
-    )  # the last one is normed
 
 
 @pytest.mark.parametrize("kind", [tiny.SCOUT, tiny.MAVERICK])
