@@ -9,7 +9,7 @@ in tests/test_model.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -144,12 +144,9 @@ def attention(config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor) ->
     length = hidden.shape[1]
     if layer.index in config.chunked_layers:
         step = max(POSITIONS_TOGETHER // config.chunk_size, 1) * config.chunk_size
-        return torch.cat(
-            [
-                _chunked_attention(*_heads(config, layer, hidden, span), config.chunk_size)
-                for span in _spans(0, length, step)
-            ],
-            dim=1,
+        return _joined(
+            _chunked_attention(*_heads(config, layer, hidden, span), config.chunk_size)
+            for span in _spans(0, length, step)
         )
     whole = slice(0, min(length, POSITIONS_TOGETHER))
     first = _heads(config, layer, hidden, whole)
@@ -172,6 +169,12 @@ def attention(config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor) ->
         q = _queries(config, layer, normed(span), span).transpose(1, 2)
         mixed.append(_last_attention(q, k[:, :, : span.stop], v[:, :, : span.stop]))
     return torch.cat(mixed, dim=1)
+
+
+def _joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Along the positions; a single part is not copied."""
+    every = list(parts)
+    return every[0] if len(every) == 1 else torch.cat(every, dim=1)
 
 
 def _spans(start: int, stop: int, step: int) -> list[slice]:
@@ -230,7 +233,7 @@ def _chunked_attention(
         parts.append(_causal_attention(*folded).unflatten(0, (q.shape[0], -1)).flatten(1, 2))
     if whole < length:
         parts.append(_causal_attention(q[:, whole:], k[:, whole:], v[:, whole:]))
-    return torch.cat(parts, dim=1)
+    return _joined(parts)
 
 
 def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
