@@ -36,7 +36,7 @@ QUARTER = replace(
 RUN = "from benchmarks.scaling import recorded; recorded()"
 EVALUATION = (
     "--eval-windows", "2", "--eval-length", "512",
-    "--lengths", "512", "--depths", "0.5", "--needles", "1",
+    "--lengths", "512", "--depths", "0.5", "--prompts", "1",
 )  # fmt: skip
 SKIPPED = 2  # layers
 LATE = 0.1  # of the run
