@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from .stopping import stop_if_asked
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PIECE = 16 * 2**20  # bytes read between two looks at whether to stop
+HASHED = 2**20  # bytes at a time; a core's cache holds them
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -121,7 +122,7 @@ class Checkpoint:
         path = self.folder / info.shard
         size = info.dtype.itemsize * torch.Size(shape).numel()
         raw = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        with _named_errors(path, name), path.open("rb", buffering=0) as file:
+        with naming_errors(path, name), path.open("rb", buffering=0) as file:
             read = _fill(memoryview(raw.numpy().data), file.fileno(), start)
             self._check_unchanged(info.shard, _state(file.fileno()))
             if read < raw.nbytes:
@@ -150,9 +151,14 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path}: not a safetensors index; download it again") from None
     for shard in set(shards.values()):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise UserError(f"{path}: names {shard!r}, outside the folder; refused")
+        check_inside(shard, path)
     return shards
+
+
+def check_inside(name: str, listing: Path) -> None:
+    """Raises UserError when a file that `listing` names would not lie beside it."""
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        raise UserError(f"{listing}: names {name!r}, outside the folder; refused")
 
 
 def _indexed(
@@ -168,7 +174,7 @@ def _indexed(
 def _shard_infos(folder: Path, shard: str) -> dict[str, TensorInfo]:
     """The tensors of one shard by its header: 8 bytes of length, JSON, then the tensors' bytes."""
     path = folder / shard
-    with _named_errors(path), path.open("rb") as file:
+    with naming_errors(path), path.open("rb") as file:
         with safe_open(str(path), framework="pt"):
             pass  # it knows whether the header is sound and the file as long as it says
         length = int.from_bytes(file.read(8), "little")
@@ -184,7 +190,7 @@ def _shard_infos(folder: Path, shard: str) -> dict[str, TensorInfo]:
 
 
 def _opened_state(path: Path) -> State:
-    with _named_errors(path):
+    with naming_errors(path):
         try:
             return _state(path)
         except FileNotFoundError:
@@ -212,7 +218,7 @@ def _fill(buffer: memoryview, descriptor: int, start: int) -> int:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path, name: str = "") -> Iterator[None]:
+def naming_errors(path: Path, name: str = "") -> Iterator[None]:
     """Reading errors as one line with the shard's name."""
     at = f" at tensor {name}" if name else ""
     try:
@@ -236,10 +242,14 @@ class PartReader(Checkpoint):
         self._open(folder, shards)
 
 
-def sha256(path: Path) -> str:
-    """Raises UserError when the file cannot be read."""
-    with _named_errors(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
+    """Raises UserError when the file cannot be read. `read` is told each number of bytes."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASHED))
+    with naming_errors(path), path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            read(count)
+    return digest.hexdigest()
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -252,7 +262,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
     for shard in sorted({info.shard for info in checkpoint.infos.values()}):
         path = checkpoint.folder / shard
-        with _named_errors(path), path.open("rb") as file:
+        with naming_errors(path), path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(size // 2)
             digest.update(f"{size}\n".encode() + file.read(65536))
