@@ -100,6 +100,7 @@ def main() -> None:
     llama4q eval DEST --against SOURCE  measure the loss of any checkpoint
     llama4q lm-eval --model llama4q ... lm-evaluation-harness on a streamed checkpoint
     llama4q check DEST/report.json      a verdict for CI: exit code 0 to 3
+    llama4q verify DEST                 is it whole, unharmed and fit to be served
 
     SOURCE is a folder, a Hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct[@revision], or
     'pocket', a small trained Llama 4 that comes with llama4q.
@@ -702,6 +703,38 @@ def check(
         _write(Path(summary), words.markdown(verdict), "a")
     click.echo(_json(words.to_json(verdict)) if as_json else render_verdict(verdict))
     sys.exit(verdict.answer.value)
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option(
+    "--against", metavar="SOURCE",
+    help="The original: a folder, a Hub id or 'pocket'. Every weight is compared with it.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(checkpoint: str, against: str | None, as_json: bool) -> None:
+    """Read all of CHECKPOINT, which llama4q has written, and say whether it is as it must be.
+
+    Every file's size and SHA-256 as in manifest.json; every tensor's name, shape and dtype; scales;
+    quantization_config and side files as engines need them. With the original at hand also
+    that untouched tensors have its bits, and that all others stand for its weights.
+    """
+    from tqdm import tqdm
+
+    from llama4q.custody import bytes_to_read, check_custody
+    from llama4q.hub import resolve
+
+    folder = resolve(checkpoint).folder
+    source = resolve(against).folder if against else None
+    total = bytes_to_read(folder, source)
+    with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
+        checked = list(check_custody(folder, source, bar.update))
+    if as_json:
+        click.echo(_json({"checked": {one.what: one.count for one in checked}}))
+        return
+    for one in checked:
+        click.echo(f"{one.what:15}{one.count:8,}  {one.how}")
+    click.echo("OK")
 
 
 def _write(path: Path, text: str, mode: str = "w") -> None:

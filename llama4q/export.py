@@ -14,6 +14,7 @@ from typing import Any
 from . import bnb
 from .config import ModelConfig, read_config_json
 from .errors import UserError
+from .manifest import MANIFEST
 from .recipe import Recipe, planned
 from .schemes import Kind, Scheme
 from .weights import Component
@@ -28,7 +29,7 @@ SIDE_FILES = (
 )  # fmt: skip
 # what a run says of itself, beside the checkpoint
 REPORTS = ("report.json", "report.html", "evaluation.md")
-NOT_COPIED = ("config.json", "*.index.json", "README.md", *REPORTS)
+NOT_COPIED = ("config.json", "*.index.json", "README.md", MANIFEST, *REPORTS)
 
 _PLACES = {
     Component.EXPERTS: r"feed_forward\.experts\.\d+\.(gate|up|down)_proj$",

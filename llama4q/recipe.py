@@ -135,6 +135,17 @@ def parse_recipe(text: str, where: str) -> Recipe:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where}: not valid TOML ({error})") from None
+    return _recipe(raw, where)
+
+
+def recipe_from_json(raw: Mapping[str, Any], where: str) -> Recipe:
+    """What `Recipe.to_json` has made of a recipe, which is all but its description."""
+    renamed = {**raw, "override": raw.get("overrides", [])}
+    renamed.pop("overrides", None)
+    return _recipe(renamed, where)
+
+
+def _recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     _refuse_unknown(raw, ("name", "description", "schemes", "override", *_SECTIONS), where, "")
     if not isinstance(raw.get("schemes"), Mapping):
         raise UserError(f"{where}: no [schemes]; name at least one of {_names(Component)}")

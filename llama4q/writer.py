@@ -73,7 +73,7 @@ class CheckpointWriter:
             write_atomically(path, to_json(run_key))
             return
         before, now = json.loads(path.read_bytes()), json.loads(json.dumps(run_key))
-        for key, old, new in _differences(before, now):
+        for key, old, new in differences(before, now):
             raise UserError(
                 f"{self.folder}: an unfinished run with another {key} is here "
                 f"({_short(old)} then, {_short(new)} now); "
@@ -267,11 +267,11 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
         yield shard
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ: the path of keys, and what stands there in each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**now, **before}:  # in the order of `now`, which names causes first
-            yield from _differences(before.get(name), now.get(name), f"{key} {name}".lstrip())
+            yield from differences(before.get(name), now.get(name), f"{key} {name}".lstrip())
     elif before != now:
         yield key, before, now
 
