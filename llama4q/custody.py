@@ -76,13 +76,13 @@ def check_custody(folder: Path, source: Path | None, read: Read) -> Iterator[Che
     yield Checked("files", len(digests), f"size and SHA-256 as in {MANIFEST}")
     report = read_report(folder)
     recipe, config = recipe_from_json(report["recipe"], f"{folder / REPORT}"), read_config(folder)
+    served = _check_config(folder, config, recipe)
+    yield Checked("linears", served, "matched by quantization_config as engines demand")
     written = _opened(folder, digests, report["files"])
     kept = _kept(written, config, recipe, report["verified"]["untouched"])
     counted = verify(written, kept, config, recipe)
     yield Checked("tensors", counted["tensors"], "names, shapes and dtypes as served")
     yield Checked("scales", counted["scales"], "finite, not 0")
-    served = _check_config(folder, config, recipe)
-    yield Checked("linears", served, "matched by quantization_config as engines demand")
     present = _check_side_files(digests, config, folder)
     yield Checked("side files", present, "tokenizer and processor are there")
     if source is not None:
@@ -115,7 +115,13 @@ def _kept(
         if name not in converted_tensors(config, recipe)
     }
     original.infos = kept | _as_before(config, recipe)
-    check_layout(original, config)
+    text = check_layout(original, config)
+    for name in kept:
+        if name.startswith(config.prefix) and name not in text:
+            raise UserError(
+                f"{written.folder}: {name} is no tensor of a served Llama 4; copy or download it "
+                f"again"
+            )
     if len(kept) != recorded:
         raise UserError(
             f"{written.folder}: {len(kept)} tensors that are not the recipe's, {recorded} in "

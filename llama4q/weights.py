@@ -15,7 +15,7 @@ from typing import overload
 import torch
 
 from . import bnb, foreign
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, TensorInfo
 from .config import ModelConfig
 from .errors import UserError
 from .foreign import ForeignSchemes
@@ -194,6 +194,11 @@ class _Headers(Checkpoint):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self.infos = checkpoint.folder, checkpoint.infos
+        self.asked: set[str] = set()
+
+    def info(self, name: str) -> TensorInfo:
+        self.asked.add(name)
+        return super().info(name)
 
     def get(self, name: str) -> torch.Tensor:
         info = self.info(name)
@@ -211,12 +216,14 @@ class _LayoutReader(LayerReader):
         return tensor
 
 
-def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raises UserError for the first tensor of an original that is missing or misshapen.
+def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:
+    """The names of an original's text model. Raises UserError for the first of its tensors that is
+    missing or misshapen.
 
     Reads headers only, so that hours of work are not lost to the last layer's.
     """
-    reader = _LayoutReader(_Headers(checkpoint), config, torch.bfloat16)
+    headers = _Headers(checkpoint)
+    reader = _LayoutReader(headers, config, torch.bfloat16)
     reader.embedding()
     reader.head()
     for index in range(config.num_layers):
@@ -224,6 +231,7 @@ def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> None:
         if isinstance(network, Moe):
             for number in range(len(network.experts)):
                 network.experts[number]
+    return headers.asked
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
