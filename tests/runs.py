@@ -20,6 +20,7 @@ from llama4q.device import HOST
 from llama4q.machine import UNBOUNDED, Memory
 from llama4q.model import logits
 from llama4q.recipe import Recipe, load_recipe
+from llama4q.source import folder_source
 from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
 
@@ -95,7 +96,7 @@ def run(
     drawn = tokens(source, 4, 96, seed=7) if calibration is None else calibration
     batches = (drawn,) if isinstance(drawn, torch.Tensor) else drawn
     digest = f"digest of {sum(int(batch.sum()) for batch in batches)}"
-    job = Job(source, destination, chosen, batches, digest, dtype, device)
+    job = Job(folder_source(source), destination, chosen, batches, digest, dtype, device)
     evaluation = Evaluation(read_config(source), asked or questions(source))
 
     def report(outcome: Outcome) -> Mapping[str, Any]:

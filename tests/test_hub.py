@@ -18,7 +18,8 @@ import pytest
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 
 from llama4q.errors import UserError
-from llama4q.hub import POCKET_MODEL, Source, resolve
+from llama4q.hub import POCKET_MODEL, resolve
+from llama4q.source import Source, folder_source
 
 from . import tiny
 from .hub_server import (
@@ -109,7 +110,7 @@ class Home:
         done = self.run(RESOLVE, name, **environment)
         assert done.returncode == 0, done.stderr
         folder, repo, revision = json.loads(done.stdout)
-        return Source(Path(folder), repo, revision)
+        return Source(folder=Path(folder), name=repo, revision=revision)
 
     def error(self, name: str, **environment: str) -> str:
         """The one line of a run that fails."""
@@ -178,8 +179,8 @@ def test_inspect_reads_a_hub_id(home: Home) -> None:
 
 
 def test_a_folder_and_the_pocket_model_need_no_hub(tmp_path: Path) -> None:
-    assert resolve(str(tmp_path)) == Source(tmp_path, str(tmp_path))
-    assert resolve("pocket") == Source(POCKET_MODEL, "pocket")
+    assert resolve(str(tmp_path)) == folder_source(tmp_path)
+    assert resolve("pocket") == Source(folder=POCKET_MODEL, name="pocket")
 
 
 # --- what breaks ---
