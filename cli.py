@@ -465,13 +465,13 @@ def _pace(
 def _told_what_stands(folder: Path, layers: int) -> Iterator[None]:
     """Adds to `Stopped` how much of a quantize run is written and how it goes on."""
     from calibrate.run import layers_written
-    from llama4q.checkpoint import INDEX
+    from llama4q.manifest import MANIFEST
 
     try:
         yield
     except Stopped as stop:
         written = layers_written(folder)
-        if (folder / INDEX).exists():
+        if (folder / MANIFEST).exists():
             stop.add_note(f"{folder} is finished")
         elif written == layers:
             stop.add_note(f"all {layers} layers are written; repeat the command to finish")

@@ -29,6 +29,7 @@ from calibrate.run import part_count
 from llama4q.checkpoint import Checkpoint, sha256
 from llama4q.config import read_config
 from llama4q.export import REPORTS
+from llama4q.manifest import MANIFEST
 from llama4q.writer import WORK
 
 RUN = "import cli; cli.main()"
@@ -165,7 +166,7 @@ def main(source: Path, folder: Path, reference: Path | None, options: tuple[str,
     different = [
         name
         for name in sorted({*expected, *found})
-        if name not in REPORTS  # which say how long it took
+        if name not in (*REPORTS, MANIFEST)  # which say how long it took
         and expected.get(name) != found.get(name)
     ]
     print(f"{len(found)} files, different: {', '.join(different) or 'none'}")

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,14 @@ from llama4q.ranks import ALONE, Ranks
 from llama4q.recipe import Method, Recipe, check_recipe, planned
 from llama4q.source import Source
 from llama4q.stream import LayerObserver, check_tokens, embed
-from llama4q.verify import converted_tensors, kept_tensors, verify, verify_files
+from llama4q.verify import (
+    Untouched,
+    bits,
+    converted_tensors,
+    kept_tensors,
+    verify,
+    verify_files,
+)
 from llama4q.weights import (
     UP,
     LayerReader,
@@ -254,7 +261,8 @@ class Run:
 
     def _write_rest(self) -> None:
         if self.written.done(REST) is None:
-            self.written.write(REST, self.kept(None), {})
+            kept = Untouched(self.kept(None))
+            self.written.write(REST, kept, {}, kept.arrived)
 
     def _read_back(self, index: int) -> DecoderLayer:
         """A layer as written, so that a resumed run computes with the same numbers."""
@@ -279,11 +287,14 @@ class Run:
     def _finish(
         self, writer: CheckpointWriter, make_report: Callable[[Outcome], Report], pages: Pages
     ) -> Report:
-        """Final names, verification, side files; the index, last of all, makes it a checkpoint."""
+        """Final names, verification, side files; the index makes it a checkpoint, and the manifest,
+        last of all, a finished one."""
         self.progress.phase("verifying what was written")
         written, files = writer.assemble(self.units)
         verify_files(self.job.destination, files)
-        checked = verify(written, self.source, self.config, self.job.recipe)
+        kept = kept_tensors(self.source, self.config, self.job.recipe)
+        checked = verify(written, kept, self.config, self.job.recipe)
+        checked["untouched"] = self._compared(writer, kept)
         records = [self._layer_record(writer, index) for index in range(self.config.num_layers)]
         rescues = [rescue for record in records for rescue in record.pop("rescues")]
         seconds = sum(record.pop("seconds") for record in records)
@@ -301,6 +312,7 @@ class Run:
         quantization = quantization_config(self.job.recipe, self.config)
         writer.publish(
             written,
+            files,
             {
                 **side_files(self.job.source.folder),
                 "report.json": to_json(report),
@@ -309,6 +321,14 @@ class Run:
             },
         )
         return report
+
+    def _compared(self, writer: CheckpointWriter, kept: Collection[str]) -> int:
+        """How many tensors were compared with the source's bits when they were written: all of
+        `kept`, as the source may not be there any more."""
+        records = [writer.recorded(unit).memory for unit in self.units]
+        compared = {name for record in records for name in record.get("untouched", ())}
+        assert compared == set(kept), compared ^ set(kept)
+        return len(compared)
 
 
 class LayerParts:
@@ -325,21 +345,31 @@ class LayerParts:
         if unit is None:
             return None
         self.replayed = True
+        self.run.ranks.from_first(lambda: self._check_source(unit.memory.get("untouched", {})))
         part = f"layer {self.index}, part {number + 1} of {len(self.units)}"
         self.run.progress.replayed(part, len(unit.memory["groups"]))
         return self.run.reader_of(unit.files)
 
     def write(self, number: int, part: Part) -> None:
         """The part's tensors; those of the layer that stay as they are go with the first one."""
-        kept = self.run.kept(self.index) if number == 0 else ()
+        kept = Untouched(self.run.kept(self.index) if number == 0 else ())
         memory = {
             "groups": [dataclasses.asdict(group) for group in part.groups],
             "rescues": [dataclasses.asdict(rescue) for rescue in part.rescues],
             "seconds": time.perf_counter() - self.began,
         }
         tensors = itertools.chain(kept, part.tensors)
-        self.run.written.write(self.units[number], tensors, memory)
+        self.run.written.write(self.units[number], tensors, memory, kept.arrived)
         self.began = time.perf_counter()
+
+    def _check_source(self, copied: Mapping[str, str]) -> None:
+        """Raises UserError where the source is not what it was when its tensors were copied."""
+        for name, before in copied.items():
+            if bits(self.run.source.get(name)) != before:
+                raise UserError(
+                    f"{self.run.job.source}: {name} has changed since it was copied; put it back, "
+                    f"or delete {self.run.job.destination} and repeat the command"
+                )
 
 
 def layers_written(folder: Path) -> int:
@@ -379,7 +409,7 @@ def reading_order(config: ModelConfig, names: Iterable[str]) -> list[set[str]]:
 
 def predicted_bytes(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:
     """Bytes of the result's tensors, known before any tensor is read."""
-    kept = sum(source.info(name).nbytes for name in kept_tensors(source, config, recipe))
+    kept = sum(info.nbytes for info in kept_tensors(source, config, recipe).values())
     converted = sum(
         dtype.itemsize * torch.Size(shape).numel()
         for dtype, shape in converted_tensors(config, recipe).values()

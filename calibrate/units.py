@@ -9,13 +9,13 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama4q.checkpoint import PartReader
+from llama4q.checkpoint import Checkpoint, PartReader
 from llama4q.errors import UserError
 from llama4q.ranks import Ranks
 from llama4q.writer import WORK, CheckpointWriter, Unit, write_atomically, writing
@@ -67,11 +67,15 @@ class Units:
         return self.ranks.from_first(lambda: self.first.finishing(units))
 
     def write(
-        self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]], memory: Mapping[str, Any]
+        self,
+        unit: str,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        memory: Mapping[str, Any],
+        look: Callable[[Checkpoint], Mapping[str, Any]] = lambda written: {},
     ) -> None:
-        """The unit's tensors, which the first rank alone asks for, then its record."""
+        """The unit's tensors, which the first rank alone asks for and looks at, then its record."""
         if self.writer is not None:
-            self.writer.write(unit, tensors, memory)
+            self.writer.write(unit, tensors, memory, look)
 
     def read_back(self, files: Iterable[str], device: torch.device) -> PartReader:
         """What was written under these names, to be read to `device`."""

@@ -5,13 +5,14 @@ Serving engines do not notice a missing expert or an unset scale. Knows nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from . import bnb
-from .checkpoint import Checkpoint, sha256
+from .checkpoint import Checkpoint, TensorInfo, sha256
 from .config import ModelConfig
 from .errors import UserError
 from .recipe import Recipe, planned
@@ -22,33 +23,60 @@ Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def verify(
-    written: Checkpoint, source: Checkpoint, config: ModelConfig, recipe: Recipe
+    written: Checkpoint, kept: Mapping[str, TensorInfo], config: ModelConfig, recipe: Recipe
 ) -> dict[str, int]:
     """Raises UserError at the first tensor that is missing, unexpected, misshapen or damaged.
 
-    Checks every key, shape and dtype, that every scale is finite and not 0, and that each
-    tensor left alone has the source's very bits. Returns what was counted.
+    Checks every key, shape and dtype, `kept` being what was left alone, and that every scale is
+    finite and not 0. Returns what was counted.
     """
     converted = converted_tensors(config, recipe)
-    kept = kept_tensors(source, config, recipe)
-    _check_names(written, {*converted, *kept})
+    expected = converted | {name: (info.dtype, info.shape) for name, info in kept.items()}
+    _check_names(written, set(expected))
     scales = 0
-    for name, (dtype, shape) in converted.items():
+    for name, (dtype, shape) in expected.items():
         info = written.info(name)
         if (info.dtype, info.shape) != (dtype, shape):
-            raise _damaged(
+            raise damaged(
                 name, f"is {info.dtype} {info.shape}, expected {dtype} {shape}", written.folder
             )
-        if name.endswith("_scale"):
+        if name in converted and name.endswith("_scale"):
             scales += 1
             scale = written.get(name).float()
             if not (torch.isfinite(scale).all() and (scale != 0).all()):
-                raise _damaged(name, "holds scales that are not finite or are 0", written.folder)
+                raise damaged(name, "holds scales that are not finite or are 0", written.folder)
     scales += _check_bitsandbytes(written, config, recipe)
-    for name in kept:
-        if not _same_bits(written.get(name), source.get(name)):
-            raise _damaged(name, "differs from the source", written.folder)
-    return {"tensors": len(converted) + len(kept), "scales": scales, "untouched": len(kept)}
+    return {"tensors": len(expected), "scales": scales}
+
+
+class Untouched:
+    """Tensors on their way from the source to where they are written, and whether they arrive.
+
+    Their bits are taken as they pass, so that the source is read once: it may not be there long.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._tensors = tensors
+        self._passed: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._tensors:
+            self._passed[name] = bits(tensor)
+            yield name, tensor
+
+    def arrived(self, written: Checkpoint) -> dict[str, dict[str, str]]:
+        """`untouched`: the bits of each tensor. Raises UserError where others were written."""
+        for name, passed in self._passed.items():
+            if bits(written.get(name)) != passed:
+                raise damaged(name, "differs from the source", written.folder)
+        return {"untouched": self._passed}
+
+
+def bits(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data))
+    return digest.hexdigest()
 
 
 def _check_bitsandbytes(written: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:
@@ -60,7 +88,7 @@ def _check_bitsandbytes(written: Checkpoint, config: ModelConfig, recipe: Recipe
                 name, inputs, outputs = linear.name, linear.inputs, linear.outputs
                 problem = bnb.damage_on_disk(written.get, name, scheme, inputs, outputs)
                 if problem is not None:
-                    raise _damaged(name, problem, written.folder)
+                    raise damaged(name, problem, written.folder)
                 checked += 1
     return checked
 
@@ -96,14 +124,18 @@ def _stored(name: str, inputs: int, outputs: int, scheme: Scheme) -> Expected:
     }
 
 
-def kept_tensors(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[str]:
+def kept_tensors(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> dict[str, TensorInfo]:
     """The source's tensors that are copied bit for bit."""
     replaced = set()
     for index in range(config.num_layers):
         for linear, scheme in planned(recipe, config, index):
             if scheme.quantizes:
                 replaced.add(f"{linear.name}.weight")
-    return [name for name in source.names() if name not in replaced and not _fused(config, name)]
+    return {
+        name: info
+        for name, info in source.infos.items()
+        if name not in replaced and not _fused(config, name)
+    }
 
 
 def _fused(config: ModelConfig, name: str) -> bool:
@@ -115,27 +147,19 @@ def verify_files(folder: Path, digests: Mapping[str, str]) -> None:
     """Raises UserError when a file's SHA-256 is not the recorded one."""
     for name, digest in digests.items():
         if sha256(folder / name) != digest:
-            raise _damaged(name, "changed after it was written", folder)
+            raise damaged(name, "changed after it was written", folder)
 
 
 def _check_names(written: Checkpoint, expected: set[str]) -> None:
     missing = sorted(expected - set(written.names()))
     unexpected = sorted(set(written.names()) - expected)
     if missing:
-        raise _damaged(missing[0], f"and {len(missing) - 1} more are missing", written.folder)
+        raise damaged(missing[0], f"and {len(missing) - 1} more are missing", written.folder)
     if unexpected:
-        raise _damaged(
+        raise damaged(
             unexpected[0], f"and {len(unexpected) - 1} more are unexpected", written.folder
         )
 
 
-def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return (
-        ours.dtype == theirs.dtype
-        and ours.shape == theirs.shape
-        and torch.equal(ours.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8))
-    )
-
-
-def _damaged(name: str, what: str, folder: Path) -> UserError:
+def damaged(name: str, what: str, folder: Path) -> UserError:
     return UserError(f"{folder}: {name} {what}; the disk may be bad: delete the folder and repeat")

@@ -1,7 +1,8 @@
 """Writing a checkpoint unit by unit, so that a killed run loses nothing.
 
 Knows nothing of Llama, layers or bits. A folder becomes a checkpoint only when its index is
-written, and the index is the last file that `CheckpointWriter.publish` writes.
+written, which `CheckpointWriter.publish` does when all else is there, and it is finished when its
+manifest is, the last file of all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from .checkpoint import INDEX, SINGLE, Checkpoint, PartReader, sha256
 from .errors import UserError
 from .lock import Lock, refuse_held
+from .manifest import MANIFEST, manifest
 from .stopping import finishing
 
 WORK = ".llama4q"  # what a run has written so far; gone when the checkpoint is finished
@@ -53,7 +55,9 @@ class CheckpointWriter:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.work / LOCK, folder)
             undo.callback(self._lock.release)
-            _refuse_finished(folder)  # once more: a run may have held the lock until now
+            # once more: a run may have held the lock until now. An index without a manifest is
+            # of a run that was killed between them, and goes on here.
+            _refuse_finished(folder, [MANIFEST])
             self._check_run_key(dict(run_key))
             undo.pop_all()
 
@@ -88,11 +92,18 @@ class CheckpointWriter:
         return found
 
     def write(
-        self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]], memory: Mapping[str, Any]
+        self,
+        unit: str,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        memory: Mapping[str, Any],
+        look: Callable[[Checkpoint], Mapping[str, Any]] = lambda written: {},
     ) -> Unit:
-        """Write the unit's tensors, then its record."""
+        """Write the unit's tensors, then its record: `memory`, and what is found by a `look` at
+        the tensors as they can be read back."""
         with finishing():
-            return self.record(unit, self.write_files(unit, tensors), memory)
+            files = self.write_files(unit, tensors)
+            found = look(PartReader(self.work, list(files)))
+            return self.record(unit, files, {**memory, **found})
 
     def write_files(self, unit: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
         """Write tensors in shards of at most MAX_SHARD_BYTES; their SHA-256 by file name.
@@ -149,8 +160,13 @@ class CheckpointWriter:
                 final[shard] = digest
         return PartReader(self.folder, list(final)), final
 
-    def publish(self, written: Checkpoint, side_files: Mapping[str, bytes]) -> None:
-        """Side files, config.json, and last the index; then the work folder goes."""
+    def publish(
+        self, written: Checkpoint, digests: Mapping[str, str], side_files: Mapping[str, bytes]
+    ) -> None:
+        """Side files, config.json, the index, and last the manifest; then the work folder goes.
+
+        `digests` are the shards' SHA-256.
+        """
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in written.infos.values())},
             "weight_map": {name: written.infos[name].shard for name in sorted(written.infos)},
@@ -160,6 +176,7 @@ class CheckpointWriter:
             for name in sorted(side_files, key=lambda name: name == "config.json"):
                 write_atomically(self.folder / name, side_files[name])
             write_atomically(self.folder / INDEX, to_json(index))
+            write_atomically(self.folder / MANIFEST, manifest(self.folder, digests))
             # Without run.json no later run takes the remains for an unfinished one.
             (self.work / "run.json").unlink()
             # errors: a second run may be asking for the lock at this very moment
@@ -177,7 +194,7 @@ def refuse_foreign_files(folder: Path) -> None:
         refuse_held(folder / WORK / LOCK, folder)
         if (folder / WORK / "run.json").exists() or not any(folder.iterdir()):
             return
-        _refuse_finished(folder)
+        _refuse_finished(folder, [INDEX, SINGLE, MANIFEST])
         if [path.name for path in folder.iterdir()] == [WORK]:
             return
         raise UserError(
@@ -185,8 +202,9 @@ def refuse_foreign_files(folder: Path) -> None:
         )
 
 
-def _refuse_finished(folder: Path) -> None:
-    if (folder / INDEX).exists() or (folder / SINGLE).exists():
+def _refuse_finished(folder: Path, signs: Iterable[str]) -> None:
+    """Raises UserError when one of these files, the `signs` of a checkpoint, is there."""
+    if any((folder / sign).exists() for sign in signs):
         raise UserError(
             f"{folder}: already holds a finished checkpoint; choose another folder or delete it"
         )
@@ -213,7 +231,7 @@ def _raise_unwritable(folder: Path, reason: str) -> NoReturn:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """All of the content under `path`, or nothing: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # no part of a manifest
     with finishing():
         with temporary.open("wb") as file:
             file.write(content)

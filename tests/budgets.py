@@ -16,10 +16,11 @@ import torch
 
 from calibrate.plan import check_memory, plan_for
 from calibrate.work import Texts
-from llama4q.checkpoint import Checkpoint, sha256
+from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET, resolve
 from llama4q.machine import Budget, keep_freed_memory
+from llama4q.manifest import check_manifest
 from llama4q.recipe import load_recipe
 from llama4q.weights import layer_of
 from llama4q.writer import CheckpointWriter
@@ -49,8 +50,8 @@ def shortened(folder: Path) -> Path:
     names = [name for name in source.infos if (layer_of(config, name) or 0) < LAYERS]
     with CheckpointWriter(folder, {}) as writer:
         writer.write("all", [(name, source.get(name)) for name in names], {})
-        written, _ = writer.assemble(["all"])
-        writer.publish(written, {"config.json": json.dumps(raw).encode()})
+        written, digests = writer.assemble(["all"])
+        writer.publish(written, digests, {"config.json": json.dumps(raw).encode()})
     return folder
 
 
@@ -81,7 +82,10 @@ def main(folder: Path, count: int) -> list[Took]:
         forget_peak()
         result = folder / "result"
         runs.run(source, result, recipe, tokens, dtype=torch.bfloat16, asked=asked, memory=memory)
-        files = {path.name: sha256(path) for path in result.iterdir() if path.name != "report.json"}
+        # all but the report, which says how long it took
+        files = {
+            name: digest for name, digest in check_manifest(result).items() if name != "report.json"
+        }
         found.append(Took(budget.host, peak(), plan.fits(budget).spilled_bytes, files))
         shutil.rmtree(result)
     return found

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from llama4q.checkpoint import INDEX
 from llama4q.errors import UserError
+from llama4q.manifest import MANIFEST
 from llama4q.writer import CheckpointWriter
 
 PAGE = 4096
@@ -37,8 +37,9 @@ def write(folder: Path) -> list[str]:
                     tensor = torch.full((pages * PAGE // 4,), pages, dtype=torch.float32)
                     writer.write(unit, [(f"{unit}.weight", tensor)], {"note": unit})
                     solved.append(unit)
-        written, _ = writer.assemble(UNITS)
-        writer.publish(written, {"config.json": b"{}" * 50, "report.json": b"[]" * PAGE})
+        written, digests = writer.assemble(UNITS)
+        side_files = {"config.json": b"{}" * 50, "report.json": b"[]" * PAGE}
+        writer.publish(written, digests, side_files)
     return solved
 
 
@@ -46,19 +47,19 @@ def attempt(folder: Path, pages: int) -> dict[str, object]:
     """One disk too small, the same one grown, and what then lies there."""
     mount(folder, pages)
     try:
-        said, index = "", False
+        said, finished = "", False
         out = folder / "out"
         try:
             write(out)
         except UserError as error:
-            said, index = str(error), (out / INDEX).exists()
+            said, finished = str(error), (out / MANIFEST).exists()
         if said:
             mount(folder, 1000, again=True)
             solved = write(out)
         else:
             solved = []
         files = {path.name: path.read_bytes().hex() for path in out.iterdir()}
-        return {"said": said, "index": index, "solved": solved, "files": files}
+        return {"said": said, "finished": finished, "solved": solved, "files": files}
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 

@@ -24,6 +24,8 @@ import compressed_tensors.compressors.pack_quantized.helpers  # noqa: F401 - bef
 
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.errors import UserError
+from llama4q.export import REPORTS
+from llama4q.manifest import MANIFEST, check_manifest
 from llama4q.writer import WORK
 
 from . import runs, tiny
@@ -32,14 +34,15 @@ LAYERS = 6
 VARIANT = tiny.Variant(layers=LAYERS, experts=2, rope_scaling=tiny.SCOUT_ROPE)
 SEED = 0
 ANYWHERE, FINISHING = 22, 8  # kills spread over the whole run, and over its last steps alone
-AT_INDEX = 2  # kills at the very moment when the index appears
+AT_INDEX = 2  # kills at the very moment when the index appears, and as many at the manifest
 CHAIN = 5  # kills of one and the same run
 ATTEMPTS = 3  # at a kill that came too late
 POLL = 0.0005  # seconds
 
 # How far a run is: so many layers are recorded, or
 LAST_STEPS = LAYERS + 1  # the first shard has its final name
-FINISHED = LAYERS + 2  # the index is there
+INDEXED = LAYERS + 2  # the index is there
+FINISHED = LAYERS + 3  # the manifest is there
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Seen:
     progress: int  # when the run was killed; before it was resumed:
     is_checkpoint: bool
     has_index: bool
+    has_manifest: bool
     complete: bool  # the files, all of them as in the reference
     code: int = 0  # of the resumed run
     said: str = ""
@@ -72,8 +76,10 @@ class Timeline:
 
 
 def progress(folder: Path) -> int:
-    if (folder / INDEX).exists():
+    if (folder / MANIFEST).exists():
         return FINISHED
+    if (folder / INDEX).exists():
+        return INDEXED
     if any(folder.glob("model-*-of-*.safetensors")):
         return LAST_STEPS
     return len(list((folder / WORK).glob("layer-?????.json")))
@@ -143,6 +149,7 @@ def kill(source: Path, folder: Path, wanted: Path, step: int, seconds: float) ->
         progress(folder),
         opens(folder),
         (folder / INDEX).exists(),
+        (folder / MANIFEST).exists(),
         not any(differences(wanted, folder)),
     )
 
@@ -193,9 +200,14 @@ def differences(wanted: Path, found: Path) -> Iterator[str]:
 
 
 def content(path: Path) -> Any:
-    """A file's bytes; of the report all but how long things took."""
+    """A file's bytes; of the report all but how long things took, and of the manifest all but the
+    reports, each of which it must have as it is."""
     if path.name == "report.json":
         return without_seconds(json.loads(path.read_bytes()))
+    if path.name == MANIFEST:
+        check_manifest(path.parent)
+        listed = json.loads(path.read_bytes())["files"]
+        return {name: entry for name, entry in listed.items() if name not in REPORTS}
     return path.read_bytes()
 
 
@@ -229,8 +241,9 @@ def main(folder: Path) -> dict[str, Any]:
         run = folder / f"run-{number:02d}"
         kills.append(resume(source, run, wanted, caught(source, run, wanted, step, seconds)))
     for number in range(AT_INDEX):
-        run = folder / f"index-{number}"
-        kills.append(resume(source, run, wanted, kill(source, run, wanted, LAST_STEPS, 60.0)))
+        for step in (LAST_STEPS, INDEXED):
+            run = folder / f"after-{step}-{number}"
+            kills.append(resume(source, run, wanted, kill(source, run, wanted, step, 60.0)))
     run = folder / "chain"
     chain = []
     for layers in range(CHAIN):

@@ -19,7 +19,7 @@ from llama4q.errors import UserError
 from llama4q.packing import pack, unpack
 from llama4q.recipe import check_recipe, load_recipe, parse_recipe
 from llama4q.schemes import BNB_NF4
-from llama4q.verify import verify
+from llama4q.verify import kept_tensors, verify
 
 from . import runs, tiny
 from .test_bnb import Tensors, random_weight, written
@@ -157,7 +157,7 @@ def test_damage_is_named(
     def checked() -> dict[str, int]:
         save_file(tensors, str(tmp_path / "all.safetensors"))
         written = PartReader(tmp_path, ["all.safetensors"])
-        return verify(written, Checkpoint(source), config, chosen)
+        return verify(written, kept_tensors(Checkpoint(source), config, chosen), config, chosen)
 
     assert checked()["scales"] == 4 * 3 * 5  # layers, projections, experts and the shared one
     damage(tensors)

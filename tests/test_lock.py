@@ -12,9 +12,9 @@ from typing import IO
 
 import pytest
 
-from llama4q.checkpoint import INDEX
 from llama4q.errors import UserError
 from llama4q.lock import Lock, refuse_held
+from llama4q.manifest import MANIFEST
 from llama4q.writer import LOCK, WORK, CheckpointWriter, refuse_foreign_files
 
 KEY = {"run": 1}
@@ -76,7 +76,7 @@ def test_a_run_that_ends_just_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_checkpoint_that_is_finished_just_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = (tmp_path / INDEX).touch
+    publish = (tmp_path / MANIFEST).touch
     monkeypatch.setattr("llama4q.lock.fcntl.flock", locking(publish))
     with pytest.raises(UserError, match="already holds a finished checkpoint"):
         CheckpointWriter(tmp_path, KEY)

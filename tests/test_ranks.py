@@ -27,6 +27,7 @@ from calibrate.leaves import LEAVES, check_ranks, deal
 from calibrate.units import check_alike
 from llama4q.errors import UserError
 from llama4q.export import REPORTS
+from llama4q.manifest import check_manifest
 from llama4q.ranks import Ranks
 from llama4q.writer import WORK
 
@@ -146,8 +147,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Launche
 
 def assert_same(wanted: Path, found: Path) -> None:
     """Every byte; of the report all but when, how long, and by which command."""
-    names = sorted(path.name for path in wanted.iterdir())
-    assert sorted(path.name for path in found.iterdir()) == names
+    names = sorted(check_manifest(wanted))
+    assert sorted(check_manifest(found)) == names
     for name in names:
         if name not in REPORTS:
             assert (found / name).read_bytes() == (wanted / name).read_bytes(), name

@@ -26,6 +26,7 @@ from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.errors import UserError
 from llama4q.hidden import _drain as drain
 from llama4q.machine import Memory
+from llama4q.manifest import check_manifest
 from llama4q.recipe import Recipe, load_recipe
 from llama4q.writer import WORK
 
@@ -36,6 +37,7 @@ from .kill_runs import (
     CHAIN,
     FINISHED,
     FINISHING,
+    INDEXED,
     LAST_STEPS,
     LAYERS,
     differences,
@@ -92,7 +94,7 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def phase(kill: dict[str, Any]) -> str:
-    named = {0: "no layer yet", LAST_STEPS: "last steps", FINISHED: "finished"}
+    named = {0: "no layer yet", LAST_STEPS: "last steps", INDEXED: "index", FINISHED: "finished"}
     return named.get(kill["progress"], "layers")
 
 
@@ -119,20 +121,21 @@ def flip_byte(path: Path, at: int) -> None:
 
 
 def test_killed_anywhere_and_resumed(killed: dict[str, Any]) -> None:
-    """SIGKILL at random moments of the whole run, of its last steps, and at the index: at least 20
-    before the run had ended."""
+    """SIGKILL at random moments of the whole run, of its last steps, at the index and at the
+    manifest: at least 20 before the run had ended."""
     kills = killed["kills"]
     phases = Counter(phase(kill) for kill in kills)
     print(f"killed in phase: {dict(phases)}")
-    assert sum(phases.values()) == ANYWHERE + FINISHING + AT_INDEX
+    assert sum(phases.values()) == ANYWHERE + FINISHING + 2 * AT_INDEX
     assert sum(phases.values()) - phases["finished"] >= 20
     assert phases["no layer yet"] >= 1
     assert phases["layers"] >= 5
-    assert phases["last steps"] + phases["finished"] >= 2
+    assert phases["last steps"] + phases["index"] + phases["finished"] >= 2
     assert len({kill["progress"] for kill in kills}) >= LAYERS
     for kill in kills:
         assert kill["differences"] == [], kill
-        assert kill["is_checkpoint"] == kill["has_index"] == kill["complete"], kill
+        assert kill["is_checkpoint"] == kill["has_index"], kill
+        assert kill["has_manifest"] == kill["complete"], kill
         if kill["code"]:  # killed so late that the checkpoint was complete
             assert phase(kill) == "finished", kill
             assert kill["said"].endswith(
@@ -186,6 +189,24 @@ def without_publishing(source: Path, folder: Path) -> Path:
     with pytest.raises(UserError, match=r"neither .* here"):
         Checkpoint(folder)
     return folder
+
+
+def test_stopped_between_index_and_manifest(source: Path, reference: Path, tmp_path: Path) -> None:
+    """The folder opens, but passes for no whole one; the same command finishes it."""
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    folder = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama4q.writer.manifest", stop)
+        with pytest.raises(Stopped):
+            runs.run(source, folder)
+    assert Checkpoint(folder).names()
+    with pytest.raises(UserError, match="not a finished llama4q checkpoint"):
+        check_manifest(folder)
+    assert not resumed(source, folder, reference).groups
+    check_manifest(folder)
 
 
 @pytest.mark.parametrize("at", [0, 100, -1])
@@ -282,7 +303,8 @@ def test_another_source_is_refused_at_once(source: Path, tmp_path: Path) -> None
 
 
 def test_a_byte_changed_in_the_source_is_noticed(source: Path, tmp_path: Path) -> None:
-    """Only a sample of the weights is read at the start; what was copied is compared at the end."""
+    """Only a sample of the weights is read at the start; what was copied is compared when its layer
+    is replayed."""
     folder = stopped(source, tmp_path / "out", GROUPS + 1)
     name = "language_model.model.layers.0.input_layernorm.weight"
     other = shutil.copytree(source, tmp_path / "other")
@@ -293,7 +315,9 @@ def test_a_byte_changed_in_the_source_is_noticed(source: Path, tmp_path: Path) -
     assert not 0 <= start - len(content) // 2 < 65536  # outside of the sample
     content[start] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"layers\.0\..* differs from the source"):
+    with pytest.raises(
+        UserError, match=r"layers\.0\.input_layernorm\.weight has changed since it was"
+    ):
         runs.run(other, folder)
     assert not (folder / INDEX).exists()
 

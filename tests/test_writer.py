@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from llama4q.checkpoint import INDEX, SINGLE, Checkpoint
 from llama4q.errors import UserError
+from llama4q.manifest import MANIFEST, check_manifest
 from llama4q.writer import WORK, CheckpointWriter
 
 from .test_checkpoint import same, tensors
@@ -41,9 +42,9 @@ def write_all(folder: Path, units: dict[str, dict[str, torch.Tensor]]) -> None:
     with CheckpointWriter(folder, KEY) as writer:
         for unit, made in units.items():
             writer.write(unit, made.items(), {"unit": unit})
-        written, _ = writer.assemble(units)
+        written, digests = writer.assemble(units)
         side_files = {"config.json": b"{}", "report.json": b"[]", "tokenizer.json": b"1"}
-        writer.publish(written, side_files)
+        writer.publish(written, digests, side_files)
 
 
 def opened(folder: Path, key: dict[str, Any]) -> None:
@@ -87,22 +88,27 @@ def test_shards_stay_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every final file appears by a rename; before the last one the folder is no checkpoint."""
+def test_index_and_manifest_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every final file appears by a rename; before the index the folder is no checkpoint, and
+    before the manifest none that passes for a whole one."""
     out = tmp_path / "out"
     appeared: list[str] = []
     rename = os.replace
 
     def recorded(before: Path, after: Path) -> None:
-        with pytest.raises(UserError):
-            Checkpoint(out)
+        if after.name != MANIFEST:
+            with pytest.raises(UserError):
+                Checkpoint(out)
+        with pytest.raises(UserError, match="not a finished llama4q checkpoint"):
+            check_manifest(out)
         rename(before, after)
         if after.parent == out:
             appeared.append(after.name)
 
     monkeypatch.setattr("llama4q.writer.os.replace", recorded)
     write_all(out, UNITS)
-    assert appeared[-2:] == ["config.json", INDEX]
+    assert appeared[-3:] == ["config.json", INDEX, MANIFEST]
+    assert set(check_manifest(out)) == set(appeared) - {MANIFEST}
     assert set(appeared) == {path.name for path in out.iterdir()}
     assert len(appeared) == len(set(appeared))
 
@@ -181,6 +187,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     [
         (INDEX, "already holds a finished checkpoint"),
         (SINGLE, "already holds a finished checkpoint"),
+        (MANIFEST, "already holds a finished checkpoint"),
         ("letters.txt", "is not empty and holds no unfinished run"),
     ],
 )
@@ -195,7 +202,7 @@ def test_a_folder_of_somebody_else_is_not_touched(name: str, words: str, tmp_pat
 
 def test_an_empty_folder_and_a_run_killed_at_once_are_taken(tmp_path: Path) -> None:
     (tmp_path / WORK).mkdir()
-    (tmp_path / WORK / "run.json.tmp").write_text("{")
+    (tmp_path / WORK / ".run.json.tmp").write_text("{")
     write_all(tmp_path, UNITS)
     assert Checkpoint(tmp_path).names()
 
@@ -225,7 +232,7 @@ def test_a_disk_full_at_any_place(tmp_path: Path) -> None:
     attempts = json.loads(found.stdout)
     wanted = attempts[-1]["files"]
     assert attempts[-1]["said"] == ""
-    assert INDEX in wanted
+    assert MANIFEST in wanted
     too_small = [attempt for attempt in attempts if attempt["said"]]
     assert len(too_small) >= 12
     for attempt in too_small:
@@ -233,7 +240,7 @@ def test_a_disk_full_at_any_place(tmp_path: Path) -> None:
         assert attempt["said"].startswith(f"{tmp_path / 'out'}: cannot be written (")
         assert "No space left on device" in attempt["said"]
         assert attempt["said"].endswith("the run goes on where it stopped")
-        assert not attempt["index"]
+        assert not attempt["finished"]
         assert attempt["files"] == wanted
     redone = [len(attempt["solved"]) for attempt in too_small]
     assert set(redone) == {3, 2, 1, 0}  # full in each of the units, and while finishing
