@@ -37,7 +37,9 @@ def named_errors(repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError:
-        raise UserError(f"{repo}: is no Hub id; name it as owner/name[@revision]") from None
+        raise UserError(
+            f"{repo}: no such folder, and no Hub id; name a folder, or owner/name[@revision]"
+        ) from None
     except errors.GatedRepoError:
         raise UserError(
             f"{repo}: is gated; accept its licence on its Hub page, then run 'hf auth login'"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .checkpoint import sha256
 from .errors import UserError
@@ -45,15 +45,16 @@ class Remote:
             tree = list(HfApi().list_repo_tree(self.repo, revision=self.commit))
         found = {}
         for entry in tree:
-            if isinstance(entry, RepoFile):
+            if isinstance(entry, RepoFile) and self._at_top(entry.path):
                 digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
-                found[self._plain(entry.path)] = RemoteFile(entry.path, entry.size, digest)
+                found[entry.path] = RemoteFile(entry.path, entry.size, digest)
         return found
 
-    def _plain(self, name: str) -> str:
-        if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
-            raise UserError(f"{self.repo}: lists {name!r}, outside its top folder; refused")
-        return name
+    def _at_top(self, name: str) -> bool:
+        parts = PurePosixPath(name).parts
+        if "\\" in name or name.startswith("/") or ".." in parts or not parts:
+            raise UserError(f"{self.repo}: lists {name!r}, outside its folder; refused")
+        return len(parts) == 1
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes of a file from `start` on; fewer where the file ends before.

@@ -100,7 +100,9 @@ class Hub:
     refuse_files: Refusal | None = None  # the listing is public, as of a gated repository
     refuse_commits: Refusal | None = None
     cuts: dict[str, list[int]] = field(default_factory=dict)  # file -> where answers break off
-    wrong: dict[str, int] = field(default_factory=dict)  # file -> how often a byte of it is another
+    wrong: dict[str, int] = field(
+        default_factory=dict
+    )  # file -> how often it comes with a wrong byte
     failing: float = 0.0  # the share of requests that are answered 429, 503, or broken off
     seed: int = 0  # of which ones
     most_uploads: int | None = None  # objects that are taken; further ones are refused
@@ -397,7 +399,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 status = HTTPStatus.PARTIAL_CONTENT
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
             body = content[start:end]
-            if self.command == "GET" and body and hub.is_wrong(name):
+            if self.command == "GET" and body and not asked and hub.is_wrong(name):
                 middle = len(body) // 2
                 body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
             cuts = hub.cuts.get(name, [])
