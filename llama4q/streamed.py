@@ -42,6 +42,7 @@ HEADER = 100_000  # bytes asked for at first: nearly all headers are shorter
 LONGEST = 10**8  # bytes of a header, as safetensors has it
 REQUESTS = 8  # at once
 PAUSES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # seconds before a shard is tried again
+LONG = 5.0  # seconds of waiting that are told
 
 Tell = Callable[[str], None]
 
@@ -97,6 +98,9 @@ class Shards:
     def begin(
         self, steps: Sequence[Collection[str]], early: Collection[str], work: Path, tell: Tell
     ) -> None:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()  # the run has a bar of its own
         self.work, self._tell = work, tell
         plan = self.plan(steps)
         self._tidy(plan)
@@ -107,7 +111,9 @@ class Shards:
     def path(self, shard: str) -> Path:
         """Of a shard, when it is there."""
         assert self._window is not None
-        self._window.need(shard)
+        waited = self._window.need(shard)
+        if waited > LONG:
+            self._tell(f"waited {waited:.0f} s for {shard}")
         return self.work / shard
 
     def piece(self, name: str, start: int, size: int) -> bytes | None:

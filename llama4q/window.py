@@ -58,7 +58,6 @@ class Window:
         drop: Callable[[str], None],
     ) -> None:
         self.plan, self.sizes = plan, sizes
-        self.waited = 0.0  # seconds in which somebody waited for a file
         self._fetch, self._drop = fetch, drop
         self._step = 0
         self._here: set[str] = set()  # and the one that is coming
@@ -74,8 +73,9 @@ class Window:
         """Bytes of the files that are there or coming."""
         return sum(self.sizes[name] for name in self._here)
 
-    def need(self, name: str) -> None:
-        """Returns when the file is there. Raises what its fetching raised."""
+    def need(self, name: str) -> float:
+        """Returns when the file is there: the seconds until it was. Raises what its fetching
+        raised."""
         began = time.monotonic()
         with self._changed:
             if self._step > self.plan.last[name]:
@@ -85,7 +85,7 @@ class Window:
                     raise self._problem
                 self._changed.wait(POLL)
                 stop_if_asked()
-            self.waited += time.monotonic() - began
+        return time.monotonic() - began
 
     def passed(self, step: int) -> None:
         """The steps up to this one are done: files that only they needed go."""
