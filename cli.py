@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from evals.questions import Questions
     from llama4q.config import ModelConfig
     from llama4q.hidden import Spool
-    from llama4q.hub import Source
     from llama4q.machine import Budget
     from llama4q.recipe import Calibration, Recipe
+    from llama4q.source import Source
     from llama4q.weights import LayerReader
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -95,6 +95,7 @@ def main() -> None:
 
     \b
     llama4q inspect SOURCE              what it is and where its bytes are
+    llama4q pull HUB_ID                 download it, and check every byte
     llama4q quantize SOURCE DEST        write a quantized checkpoint with its evidence
     llama4q fit DEST --gpu h100-80gb    will it fit, and up to which context
     llama4q eval DEST --against SOURCE  measure the loss of any checkpoint
@@ -191,10 +192,10 @@ def evaluation_options(command: Command) -> Command:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(source: str, as_json: bool) -> None:
     """Show the architecture of SOURCE and where its bytes are. Reads headers, no tensor."""
-    from llama4q.hub import resolve
+    from llama4q.hub import resolve_remote
     from llama4q.inspect import inspect_checkpoint, render_summary
 
-    summary = inspect_checkpoint(resolve(source).folder)
+    summary = inspect_checkpoint(resolve_remote(source))
     click.echo(_json(summary.to_json()) if as_json else render_summary(summary))
 
 
@@ -229,6 +230,11 @@ def inspect(source: str, as_json: bool) -> None:
     help="What the run may use of this machine, as in 16GB or 16GB,70GB. With little of it hidden "
     "states lie in files; the result is the same.  [default: nine tenths of what is free]",
 )  # fmt: skip
+@click.option(
+    "--stream", is_flag=True,
+    help="Fetch the shards of a Hub id as they are needed, and drop them when they are read: the "
+    "disk holds the result and a few of them.",
+)  # fmt: skip
 @click.option("--plan", "only_plan", is_flag=True, help="Say what the run will take, and stop.")
 @click.option("--gpu", default=GPU, show_default=True, help="The device of the fit line.")
 @evaluation_options
@@ -243,6 +249,7 @@ def quantize(
     candidates: int | None,
     method: str | None,
     memory: str | None,
+    stream: bool,
     only_plan: bool,
     gpu: str,
     dtype: str,
@@ -281,10 +288,10 @@ def quantize(
     from evals.html.page import page
     from evals.report import render
     from llama4q import products
-    from llama4q.checkpoint import Checkpoint, PartReader
+    from llama4q.checkpoint import PartReader
     from llama4q.config import read_config
     from llama4q.device import use_device
-    from llama4q.hub import POCKET, resolve
+    from llama4q.hub import POCKET, resolve, resolve_remote
     from llama4q.inspect import component_bytes
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
@@ -292,6 +299,16 @@ def quantize(
     from llama4q.weights import LayerReader
 
     ranks = join()
+    if stream and ranks.count > 1:
+        raise UserError(
+            f"--stream with {ranks.count} processes: shards go when one has read them; "
+            f"run 'llama4q pull' first and leave out --stream"
+        )
+    if stream and (candidates or 1) > 1:
+        raise UserError(
+            f"--stream with --candidates {candidates}: choosing text reads all layers once more; "
+            f"run 'llama4q pull' first and leave out --stream"
+        )
     where = use_device(device, ranks.neighbour)
     budget = _budget(memory, where, ranks)
 
@@ -309,7 +326,8 @@ def quantize(
         check_schemes(chosen)  # before anything is downloaded
         settings = chosen.calibration
         mix = parse_mix(settings.text)
-        original = resolve(source or POCKET)
+        name = source or POCKET
+        original = resolve_remote(name) if stream or only_plan else resolve(name, _tell)
         config = read_config(original.folder)
         folder = destination or Path(f"{Path(original.name).name}-{chosen.name}")
         _fit(config, gpu)  # refuses a GPU that nobody knows
@@ -323,21 +341,23 @@ def quantize(
         )  # fmt: skip
         questions = _questions(tokenizer, config, **measured_on)
         texts = _texts(drawn, questions)
-        plan = plan_for(Checkpoint(original.folder), config, chosen, texts, ranks.count)
+        plan = plan_for(original.checkpoint(), config, chosen, texts, ranks.count)
         return chosen, original, config, folder, drawn, questions, plan
 
     chosen, original, config, folder, drawn, questions, plan = ranks.from_first(prepared)
     settings = chosen.calibration
     if only_plan:
         if ranks.first:
-            pace = _pace(original.folder, folder, chosen, dtype, where)
+            pace = _pace(original, folder, chosen, dtype, where)
             click.echo("\n".join(plan.lines(budget, pace)))
         return
     held = check_memory(plan, budget, memory is not None)
+    if stream and ranks.first:
+        _tell(_streaming(original, config))
     keep_freed_memory()
-    reader = LayerReader(Checkpoint(original.folder, where), config, DTYPES[dtype])
+    reader = LayerReader(original.checkpoint(where), config, DTYPES[dtype])
     drawn = ranks.from_first(lambda: _chosen(drawn, settings, reader))
-    job = Job(original.folder, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype], where)
+    job = Job(original, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype], where)
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return {
@@ -390,6 +410,10 @@ def quantize(
         click.echo(f"Warning: {covered['warning']}", err=True)
 
 
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
+
+
 def _budget(memory: str | None, device: torch.device, ranks: Ranks) -> Budget:
     """What this process may use: as named, else nine tenths of what is free. The host's memory is
     shared evenly by the processes on it."""
@@ -422,7 +446,7 @@ def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
 
 
 def _pace(
-    source: Path, destination: Path, recipe: Recipe, dtype: str, device: torch.device
+    source: Source, destination: Path, recipe: Recipe, dtype: str, device: torch.device
 ) -> Pace:
     """How fast this machine is, measured in a few seconds."""
     from calibrate.plan import measure_searches, pace
@@ -432,7 +456,7 @@ def _pace(
 
     click.echo("Measuring this machine ...", err=True)
     existing = next(path for path in destination.absolute().parents if path.exists())
-    shard = next(iter(sorted(source.glob("*.safetensors"))))
+    shard = next(iter(sorted(source.folder.glob("*.safetensors"))), None)
     searched = next((one for one in recipe.schemes.values() if one.calibrates), SCHEMES["int4"])
     rates = measure_rates(shard, existing, device)
     return pace(rates, measure_searches(searched, recipe.solver, device), DTYPES[dtype])
@@ -484,6 +508,19 @@ def _chosen(drawn: CalibrationSet, settings: Calibration, reader: LayerReader) -
     return kept(drawn, best_covering(counts, settings.samples))
 
 
+def _streaming(source: Source, config: ModelConfig) -> str:
+    """What a streamed run has on the disk."""
+    from calibrate.run import reading_order
+
+    held = source.held(reading_order(config, source.checkpoint().names()))
+    if not held:
+        return f"{source.name}: all of it is on this machine, nothing is fetched"
+    return (
+        f"{source.name}: {_nbytes(source) / 1e9:.2f} GB are fetched as they are needed, at most "
+        f"{held / 1e9:.2f} GB of them are on the disk at a time"
+    )
+
+
 @main.command("eval")
 @click.argument("quantized")
 @click.option("--against", required=True, metavar="SOURCE", help="The original; folder or Hub id.")
@@ -521,7 +558,6 @@ def evaluate(
     from evals.evaluation import compare
     from evals.html.page import page
     from evals.report import render
-    from llama4q.checkpoint import Checkpoint
     from llama4q.config import read_config
     from llama4q.device import use_device
     from llama4q.hub import resolve
@@ -531,10 +567,10 @@ def evaluate(
     from llama4q.writer import to_json, write_atomically, writing
 
     where = use_device(device)
-    original, other = resolve(against), resolve(quantized)
+    original, other = resolve(against, _tell), resolve(quantized, _tell)
     configs = [read_config(side.folder) for side in (original, other)]  # refuses early
     readers = [
-        LayerReader(Checkpoint(side.folder, where), config, DTYPES[dtype])
+        LayerReader(side.checkpoint(where), config, DTYPES[dtype])
         for side, config in zip((original, other), configs, strict=True)
     ]
     check_same_tokens(original.folder, other.folder)
@@ -558,6 +594,25 @@ def evaluate(
             with writing(path):
                 write_atomically(path, content)
     click.echo(_json(report) if as_json else render(report))
+
+
+@main.command()
+@click.argument("source", metavar="HUB_ID")
+def pull(source: str) -> None:
+    """Download HUB_ID into the Hub's cache: what a checkpoint needs of it, and no more.
+
+    Every file is held to the digest that the Hub has of it, also those that were there; wrong bytes
+    are fetched again once. A download that was cut goes on when the command is repeated. Prints the
+    folder. Other commands download by themselves; they check what they fetch.
+
+    \b
+    llama4q pull meta-llama/Llama-4-Scout-17B-16E-Instruct
+    """
+    from llama4q.hub import pull as run
+
+    found = run(source, _tell)
+    _tell(f"{found.name} at {found.revision}: {_nbytes(found) / 1e9:.2f} GB of tensors, all right")
+    click.echo(found.folder)
 
 
 @main.command("lm-eval", context_settings={"ignore_unknown_options": True})
@@ -619,11 +674,11 @@ def fit(
     1 when it does not.
     """
     from llama4q.config import read_config
-    from llama4q.hub import resolve
+    from llama4q.hub import resolve_remote
     from llama4q.memory import Device, KVDtype, Serving, find_device, make_plan, memory_bytes
     from llama4q.memory_table import render_plan
 
-    found = resolve(checkpoint)
+    found = resolve_remote(checkpoint)
     device = Device(gpu_memory, memory_bytes(gpu_memory)) if gpu_memory else find_device(gpu)
     serving = Serving(context, KVDtype(kv))
     plan = make_plan(read_config(found.folder), _nbytes(found), device, serving)
@@ -805,7 +860,6 @@ def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     from evals.gate import SCHEMA
-    from llama4q.checkpoint import Checkpoint
     from llama4q.inspect import component_bytes
 
     versions = {}
@@ -823,7 +877,7 @@ def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
             "name": source.name,
             "revision": source.revision,
             "bytes": _nbytes(source),
-            "components": component_bytes(config, Checkpoint(source.folder).infos),
+            "components": component_bytes(config, source.checkpoint().infos),
         },
         "versions": versions,
     }
@@ -831,9 +885,7 @@ def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
 
 def _nbytes(source: Source) -> int:
     """Bytes of all tensors of a checkpoint."""
-    from llama4q.checkpoint import Checkpoint
-
-    return sum(info.nbytes for info in Checkpoint(source.folder).infos.values())
+    return source.checkpoint().nbytes
 
 
 def _json(value: Any) -> str:

@@ -28,6 +28,7 @@ from evals.tasks import Ladder
 from llama4q.config import read_config
 from llama4q.hub import resolve
 from llama4q.recipe import Method, Recipe, Solver, load_recipe
+from llama4q.source import folder_source
 from llama4q.text import load_tokenizer, parse_source
 
 PLAIN = Solver(
@@ -105,7 +106,14 @@ def measure(source: Path, recipe: Recipe, drawn: Any, questions: Questions) -> d
     """One run's figures."""
     evaluation = Evaluation(read_config(source), questions)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(source, Path(folder) / "out", recipe, drawn.tokens, drawn.digest, torch.float32)
+        job = Job(
+            folder_source(source),
+            Path(folder) / "out",
+            recipe,
+            drawn.tokens,
+            drawn.digest,
+            torch.float32,
+        )
         began = time.perf_counter()
 
         def report(outcome: Outcome) -> Mapping[str, Any]:

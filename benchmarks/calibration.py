@@ -36,6 +36,7 @@ from llama4q.hidden import Spool
 from llama4q.hub import resolve
 from llama4q.model import DecoderLayer, Head
 from llama4q.recipe import Recipe, adjusted, load_recipe
+from llama4q.source import folder_source
 from llama4q.text import load_tokenizer
 
 ROWS = "8x512,16x1024,64x512,64x1024,128x1024,32x4096,128x2048,256x2048"
@@ -71,7 +72,14 @@ def measure(
     config = read_config(source)
     observer = Several({name: Evaluation(config, asked) for name, asked in texts.items()})
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(source, Path(folder) / "out", recipe, drawn.tokens, drawn.digest, torch.float32)
+        job = Job(
+            folder_source(source),
+            Path(folder) / "out",
+            recipe,
+            drawn.tokens,
+            drawn.digest,
+            torch.float32,
+        )
         began = time.perf_counter()
 
         def report(outcome: Outcome) -> Mapping[str, Any]:

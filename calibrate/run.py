@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llama4q import __version__, products
-from llama4q.checkpoint import Checkpoint, fingerprint
+from llama4q.checkpoint import Checkpoint
 from llama4q.config import ModelConfig, read_config
 from llama4q.device import HOST
 from llama4q.errors import UserError
@@ -32,6 +32,7 @@ from llama4q.model import DecoderLayer
 from llama4q.prefetch import prefetched
 from llama4q.ranks import ALONE, Ranks
 from llama4q.recipe import Method, Recipe, check_recipe, planned
+from llama4q.source import Source
 from llama4q.stream import LayerObserver, check_tokens, embed
 from llama4q.verify import (
     Untouched,
@@ -41,7 +42,15 @@ from llama4q.verify import (
     verify,
     verify_files,
 )
-from llama4q.weights import UP, LayerReader, check_finite, check_layout, layer_of
+from llama4q.weights import (
+    UP,
+    LayerReader,
+    check_finite,
+    check_layout,
+    embedding_name,
+    layer_of,
+    router_names,
+)
 from llama4q.writer import WORK, CheckpointWriter, refuse_foreign_files, to_json
 
 from .codes import GroupReport
@@ -57,13 +66,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Report = Mapping[str, Any]
 Pages = Callable[[Report], Mapping[str, bytes]]  # a report in other forms, by file name
 REST, EVIDENCE = "rest", "evidence"  # the units beside the layers
+SOURCE = "source"  # in the work folder: where a source that is not here comes to
 
 
 @dataclass(frozen=True)
 class Job:
     """What one run depends on, beside the files of the source."""
 
-    source: Path
+    source: Source
     destination: Path
     recipe: Recipe
     tokens: tuple[torch.Tensor, ...]  # calibration tokens [S, T], one for each length
@@ -117,10 +127,12 @@ class Run:
         self.ranks = ranks
         ranks.from_first(self._refuse)
         if ranks.count > 1:
-            config_file = job.source / "config.json"
-            check_seen(ranks, config_file, ranks.from_first(config_file.read_bytes), job.source)
-        self.config = read_config(job.source)
-        self.source = Checkpoint(job.source)
+            config_file = job.source.folder / "config.json"
+            found = ranks.from_first(config_file.read_bytes)
+            check_seen(ranks, config_file, found, job.source.folder)
+        self.config = read_config(job.source.folder)
+        self.source = job.source.checkpoint()
+        self.steps = reading_order(self.config, self.source.names())
         self.observer = observer
         self.written = Units(ranks, job.destination, self._run_key())
         self.spool = Spool(memory.rows, self.written.work, job.device, memory.on_device)
@@ -135,15 +147,16 @@ class Run:
     def _refuse(self) -> None:
         """Raises UserError for whatever can be told before a tensor is read."""
         job = self.job
-        config = read_config(job.source)
+        config = read_config(job.source.folder)
         lengths = [tokens.shape[1] for tokens in job.tokens]
-        refuse_early(job.source, job.destination, job.recipe, config, lengths)
+        refuse_early(job.source.folder, job.destination, job.recipe, config, lengths)
         check_ranks(self.ranks, sum(len(tokens) for tokens in job.tokens))
-        source = Checkpoint(job.source)
+        source = job.source.checkpoint()
         check_layout(source, config)
         for tokens in job.tokens:
             check_tokens(config.vocab_size, tokens)
-        check_disk(predicted_bytes(source, config, job.recipe), job.destination)
+        held = job.source.held(reading_order(config, source.names()))
+        check_disk(predicted_bytes(source, config, job.recipe) + held, job.destination)
 
     def layer_units(self, index: int) -> list[str]:
         """The parts of a layer, and last what is to be said of it as a whole."""
@@ -153,18 +166,21 @@ class Run:
 
     def execute(self, make_report: Callable[[Outcome], Report], pages: Pages) -> Report:
         if not self.written.finishing(self.units):
-            with torch.inference_mode():
-                self._stream()
+            try:
+                with torch.inference_mode():
+                    self._stream()
+            finally:
+                self.job.source.end()
         return self.ranks.from_first(lambda: self._finish(self.written.first, make_report, pages))
 
     def _run_key(self) -> dict[str, Any]:
         """Whatever bytes and report depend on: a rerun with another key is another run."""
-        config_bytes = (self.job.source / "config.json").read_bytes()
+        config_bytes = (self.job.source.folder / "config.json").read_bytes()
         recipe = self.job.recipe.to_json()
         del recipe["calibration"]["text"]  # its tokens count, not how its name is spelled
         return {
             "llama4q": __version__,
-            "source": f"{fingerprint(self.source)} {hashlib.sha256(config_bytes).hexdigest()}",
+            "source": f"{self.job.source.identity()} {hashlib.sha256(config_bytes).hexdigest()}",
             "recipe": recipe,
             "calibration tokens": self.job.digest,
             "dtype": str(self.job.dtype).removeprefix("torch."),
@@ -175,8 +191,13 @@ class Run:
     def _stream(self) -> None:
         """Write every unit; layers in order, both streams beside each other."""
         device, solver = self.job.device, self.job.recipe.solver
-        original = LayerReader(Checkpoint(self.job.source, device), self.config, self.job.dtype)
+        source = self.job.source
+        original = LayerReader(source.checkpoint(device), self.config, self.job.dtype)
         self.progress.start(groups_in(self.config, self.job.recipe))
+        early = [
+            name for i in sorted(self.config.moe_layers) for name in router_names(self.config, i)
+        ]
+        source.begin(self.steps, early, self.written.work / SOURCE, self.progress.phase)
         if solver.method is Method.GPTQ:
             self.progress.phase(f"inner loops: {description(solver.beams, device)}")
             self.progress.phase(f"large products: {products.description(device)}")
@@ -192,6 +213,7 @@ class Run:
             began = time.perf_counter()
             new = self._layer(layer, streams)
             self.observer.layer(layer, self._read_back(index))
+            source.passed(index)
             self.progress.layer(time.perf_counter() - began if new else None)
         self._write_rest()
         if self.written.done(EVIDENCE) is None:
@@ -292,10 +314,10 @@ class Run:
             written,
             files,
             {
-                **side_files(self.job.source),
+                **side_files(self.job.source.folder),
                 "report.json": to_json(report),
                 **pages(report),
-                "config.json": config_with(self.job.source, quantization),
+                "config.json": config_with(self.job.source.folder, quantization),
             },
         )
         return report
@@ -373,6 +395,16 @@ def refuse_early(
             f"calibration sequences of {longest} tokens, but the model reads at most "
             f"{config.max_positions}; choose a smaller length"
         )
+
+
+def reading_order(config: ModelConfig, names: Iterable[str]) -> list[set[str]]:
+    """The tensors that a run reads layer by layer, and last those of no layer."""
+    steps: list[set[str]] = [set() for _ in range(config.num_layers + 1)]
+    for name in names:
+        layer = layer_of(config, name)
+        steps[config.num_layers if layer is None else layer].add(name)
+    steps[0].add(embedding_name(config))
+    return steps
 
 
 def predicted_bytes(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:

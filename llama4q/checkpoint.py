@@ -22,6 +22,7 @@ from .stopping import stop_if_asked
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PIECE = 16 * 2**20  # bytes read between two looks at whether to stop
+LENGTH = 8  # bytes in which a shard says how long its header is
 HASHED = 2**20  # bytes at a time; a core's cache holds them
 
 DTYPES = {
@@ -68,17 +69,17 @@ class Checkpoint:
     def __init__(self, folder: Path, device: torch.device = HOST) -> None:
         """Raises UserError when the index or a shard is missing, truncated or out of the folder."""
         self.device = device
-        index = _read_index(folder)
+        index = read_index(folder)
         self._open(folder, [SINGLE] if index is None else sorted(set(index.values())))
         if index is not None:
-            self.infos = _indexed(self.infos, index, folder)
+            self.infos = indexed(self.infos, index, folder)
 
     def _open(self, folder: Path, shards: Sequence[str]) -> None:
         self.folder = folder
-        self.states = {shard: _opened_state(folder / shard) for shard in shards}
+        self.states = {shard: opened_state(folder / shard) for shard in shards}
         self.infos = {}
         for shard in shards:
-            self.infos |= _shard_infos(folder, shard)
+            self.infos |= shard_infos(folder, shard)
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos
@@ -119,7 +120,7 @@ class Checkpoint:
         The shard is opened each time: threads may read at once, and see the file that is there now.
         """
         info = self.infos[name]
-        path = self.folder / info.shard
+        path = self._path(info.shard)
         size = info.dtype.itemsize * torch.Size(shape).numel()
         raw = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         with naming_errors(path, name), path.open("rb", buffering=0) as file:
@@ -128,6 +129,9 @@ class Checkpoint:
             if read < raw.nbytes:
                 raise OSError(errno.EIO, f"{raw.nbytes - read} bytes are missing")
         return arrived(raw.view(info.dtype).view(shape), self.device)
+
+    def _path(self, shard: str) -> Path:
+        return self.folder / shard
 
     def _check_unchanged(self, shard: str, now: State) -> None:
         then = self.states[shard]
@@ -138,7 +142,7 @@ class Checkpoint:
             )
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
+def read_index(folder: Path) -> dict[str, str] | None:
     """Tensor name -> shard from the index; None when the checkpoint is one file without index."""
     path = folder / INDEX
     if not path.exists():
@@ -161,7 +165,7 @@ def check_inside(name: str, listing: Path) -> None:
         raise UserError(f"{listing}: names {name!r}, outside the folder; refused")
 
 
-def _indexed(
+def indexed(
     found: Mapping[str, TensorInfo], index: Mapping[str, str], folder: Path
 ) -> dict[str, TensorInfo]:
     """Of the tensors found, those that the index names, in its order."""
@@ -171,25 +175,38 @@ def _indexed(
     return {name: found[name] for name in index}
 
 
-def _shard_infos(folder: Path, shard: str) -> dict[str, TensorInfo]:
-    """The tensors of one shard by its header: 8 bytes of length, JSON, then the tensors' bytes."""
+def shard_infos(folder: Path, shard: str) -> dict[str, TensorInfo]:
+    """The tensors of one shard by its header."""
     path = folder / shard
     with naming_errors(path), path.open("rb") as file:
         with safe_open(str(path), framework="pt"):
             pass  # it knows whether the header is sound and the file as long as it says
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        length = header_length(file.read(LENGTH))
+        return header_infos(path, file.read(length))
+
+
+def header_length(start: bytes) -> int:
+    """Bytes of the header of a shard that begins with `start`."""
+    return int.from_bytes(start[:LENGTH], "little")
+
+
+def header_infos(path: Path | str, header: bytes) -> dict[str, TensorInfo]:
+    """The tensors of the shard at `path`: 8 bytes of length, its header in JSON, then their bytes.
+
+    Raises UserError for a dtype that is none of DTYPES.
+    """
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
     infos = {}
-    for name, entry in header.items():
-        kind, start = entry["dtype"], 8 + length + entry["data_offsets"][0]
+    for name, entry in entries.items():
+        kind, start = entry["dtype"], LENGTH + len(header) + entry["data_offsets"][0]
         if kind not in DTYPES:
             raise UserError(f"{path}: tensor {name} has dtype {kind}, which llama4q can't read")
-        infos[name] = TensorInfo(shard, tuple(entry["shape"]), DTYPES[kind], start)
+        infos[name] = TensorInfo(Path(path).name, tuple(entry["shape"]), DTYPES[kind], start)
     return infos
 
 
-def _opened_state(path: Path) -> State:
+def opened_state(path: Path) -> State:
     with naming_errors(path):
         try:
             return _state(path)

@@ -5,133 +5,137 @@ The Hub's protocol, cache and progress bars are huggingface_hub's. Knows nothing
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .checkpoint import INDEX, SINGLE, read_index
 from .config import parse_config, read_config_json
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
+from .hub_errors import named_errors
+from .remote import Remote, mend
+from .source import Source
 
 POCKET = "pocket"
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 
-NEEDED = (
-    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*",
+SMALL = (
+    "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*", "README.md",
 )  # fmt: skip
+NEEDED = ("*.safetensors", *SMALL)
 # A checkpoint lies at the top of its repository. Folders hold the same weights in other formats
 # (original/, onnx/, ...), and `*` matches across slashes.
 NOT_NEEDED = ("*/*", "consolidated*")
 
-AGAIN = "repeat the command to go on, files that are complete stay in the cache"
-
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint folder on this machine and where it came from."""
-
-    folder: Path
-    name: str
-    revision: str | None = None  # the Hub's commit
+Tell = Callable[[str], None]
 
 
-def resolve(name: str) -> Source:
+def _nobody(line: str) -> None:
+    del line
+
+
+def resolve(name: str, tell: Tell = _nobody) -> Source:
     """The folder of SOURCE, downloaded first when it is a Hub id `owner/name[@revision]`.
 
-    Raises UserError for a name that is neither, for what the Hub refuses, and for a repository
-    that holds no Llama 4.
+    What is downloaded is held to the Hub's digests; wrong bytes, which `tell` hears of, are fetched
+    again once. Raises UserError for a name that is neither, for what the Hub refuses, and for a
+    repository that holds no Llama 4.
     """
+    found = _here(name) or _small_files(name)
+    if found.revision is None:
+        return found
+    there = _files(found.folder)
+    folder = _download(found.name, found.revision, NEEDED)
+    if new := _files(folder) - there:
+        _check(Remote(found.name, found.revision), folder, new, tell)
+    return Source(folder=folder, name=found.name, revision=found.revision)
+
+
+def resolve_remote(name: str) -> Source:
+    """As `resolve`, but shards that are not here stay on the Hub: their headers alone are read."""
+    found = _here(name) or _small_files(name)
+    if found.revision is None or _shards_here(found.folder):
+        return found
+    from .streamed import Shards, StreamedSource, read_headers
+
+    remote = Remote(found.name, found.revision)
+    files = remote.files()
+    infos = read_headers(remote, found.folder, files)
+    return StreamedSource(
+        folder=found.folder, name=found.name, revision=found.revision,
+        shards=Shards(remote, files, infos),
+    )  # fmt: skip
+
+
+def pull(name: str, tell: Tell = _nobody) -> Source:
+    """As `resolve`, but every file is held to the Hub's digests, also those from earlier calls."""
+    found = resolve(name, tell)
+    if found.revision is None:
+        raise UserError(f"{name}: lies on this machine; name a Hub id as owner/name[@revision]")
+    _check(Remote(found.name, found.revision), found.folder, _files(found.folder), tell)
+    return found
+
+
+def _here(name: str) -> Source | None:
+    """What needs no Hub."""
     if name == POCKET:
-        return Source(POCKET_MODEL, POCKET)
+        return Source(folder=POCKET_MODEL, name=POCKET)
     if os.path.isdir(name):  # False where a folder may not be entered; pathlib raises
-        return Source(Path(name), name)
+        return Source(folder=Path(name), name=name)
+    return None
+
+
+def _small_files(name: str) -> Source:
+    """The repository of that name, all but its shards."""
     match = _HUB_ID.fullmatch(name)
     if match is None or os.path.exists(name):
-        raise _neither(name)
+        raise UserError(
+            f"{name}: no such folder; name a checkpoint folder, a Hub id as owner/name[@revision], "
+            f"or {POCKET}"
+        )
     repo = match["repo"]
-    with _named_errors(repo, match["revision"]):
-        # config.json alone first: a model of another kind is refused before its weights come
-        folder = _download(repo, match["revision"], ["config.json"])
-        if not (folder / "config.json").exists():
-            raise UserError(f"{repo}: has no config.json; name a repository with a checkpoint")
-        parse_config(read_config_json(folder), f"{repo}/config.json")
-        # huggingface_hub keeps each commit in a folder of its name
-        return Source(_download(repo, folder.name, NEEDED), repo, folder.name)
-
-
-def _neither(name: str) -> UserError:
-    return UserError(
-        f"{name}: no such folder; name a checkpoint folder, a Hub id as owner/name[@revision], "
-        f"or {POCKET}"
-    )
+    # config.json alone first: a model of another kind is refused before the rest comes
+    folder = _download(repo, match["revision"], ["config.json"])
+    if not (folder / "config.json").exists():
+        raise UserError(f"{repo}: has no config.json; name a repository with a checkpoint")
+    parse_config(read_config_json(folder), f"{repo}/config.json")
+    # huggingface_hub keeps each commit in a folder of its name
+    return Source(folder=_download(repo, folder.name, SMALL), name=repo, revision=folder.name)
 
 
 def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The cache's folder of a commit, with the files that match `patterns`."""
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(NOT_NEEDED),
+    with named_errors(repo, revision):
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(NOT_NEEDED),
+            )
         )
-    )
 
 
-@contextlib.contextmanager
-def _named_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """What huggingface_hub raises as one line that says what to do."""
-    from huggingface_hub import errors
-
-    # httpx's or httpx2's, whichever huggingface_hub is built on; raised when a connection breaks
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    try:
-        yield
-    except errors.HFValidationError:
-        raise _neither(repo) from None
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{repo}: is gated; accept its licence on its Hub page, then run 'hf auth login'"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{repo}: neither a folder here nor a repository on the Hub that this token may see; "
-            f"check the name, or run 'hf auth login'"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{repo}: has no revision {revision!r}; check it on the Hub") from None
-    except errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise _refused(repo, error.__cause__) from None
-        raise UserError(
-            f"{repo}: not all of it is in the cache, and the Hub cannot be reached "
-            f"({_one_line(error.__cause__ or error)}); connect, or name a folder"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        raise _refused(repo, error) from None
-    # RuntimeError is what hf_xet, which fetches large files, makes of a broken connection
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise UserError(f"{repo}: download failed ({_one_line(error)}); {AGAIN}") from None
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
 
 
-def _refused(repo: str, error: HfHubHTTPError) -> UserError:
-    status = error.response.status_code
-    said = error.server_message or error.response.reason_phrase
-    advice = "run 'hf auth login' with a token that may read it" if status in (401, 403) else AGAIN
-    return UserError(f"{repo}: the Hub answers {status} ({_one_line(said)}); {advice}")
+def _shards_here(folder: Path) -> bool:
+    """Whether the cache has all of a checkpoint."""
+    index = read_index(folder) if (folder / INDEX).exists() else None
+    shards: Collection[str] = [SINGLE] if index is None else set(index.values())
+    return all((folder / shard).exists() for shard in shards)
 
 
-def _one_line(error: BaseException | str) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."
+def _check(remote: Remote, folder: Path, names: Iterable[str], tell: Tell) -> None:
+    """Raises UserError when a file has other bytes than the Hub's, twice."""
+    files = remote.files()
+    for name in sorted(names):
+        again = functools.partial(remote.fetch, name, None, again=True)
+        mend(folder / name, files[name], again, tell)

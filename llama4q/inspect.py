@@ -11,15 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .bnb import stored_as
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import TensorInfo
 from .config import ModelConfig, read_config
 from .errors import UserError
+from .source import Source
 
 _LAYER = r"model\.layers\.\d+\."
 # Component -> its tensors, by the checkpoint's names without the text prefix; the first match wins.
@@ -129,9 +129,9 @@ class Summary:
         }
 
 
-def inspect_checkpoint(folder: Path) -> Summary:
-    """The summary of the checkpoint in `folder`. Raises UserError when it is none of Llama 4."""
-    config, checkpoint = read_config(folder), Checkpoint(folder)
+def inspect_checkpoint(source: Source) -> Summary:
+    """The summary of a checkpoint. Raises UserError when it is none of Llama 4."""
+    config, checkpoint = read_config(source.folder), source.checkpoint()
     # config.json has no sizes for a vision tower that another tool packed; the files do
     shapes = {
         name: tuple(int(size) for size in checkpoint.get(name))

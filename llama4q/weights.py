@@ -65,10 +65,11 @@ class LayerReader:
 
     def router(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm `[D]` before an expert layer's feed-forward, and its router `[D, E]`."""
-        config, prefix = self.config, self.config.layer_prefix(index)
-        name = f"{prefix}feed_forward.router"
+        config = self.config
+        norm, router = router_names(config, index)
+        name = router.removesuffix(".weight")
         return (
-            self.vector(f"{prefix}post_attention_layernorm.weight", config.hidden_size),
+            self.vector(norm, config.hidden_size),
             self.linear(name, config.hidden_size, config.num_experts).weight,
         )
 
@@ -122,7 +123,7 @@ class LayerReader:
 
     def embedding(self) -> torch.Tensor:
         """`[vocabulary, D]`."""
-        name = f"{self.config.prefix}model.embed_tokens.weight"
+        name = embedding_name(self.config)
         self._check_shape(name, (self.config.vocab_size, self.config.hidden_size))
         return self._cast(name, self.checkpoint.get(name))
 
@@ -283,6 +284,16 @@ def _mlp_linears(component: Component, prefix: str, width: int, size: int) -> It
     yield LinearName(component, f"{prefix}.{GATE}", width, size)
     yield LinearName(component, f"{prefix}.{UP}", width, size)
     yield LinearName(component, f"{prefix}.{DOWN}", size, width)
+
+
+def embedding_name(config: ModelConfig) -> str:
+    return f"{config.prefix}model.embed_tokens.weight"
+
+
+def router_names(config: ModelConfig, index: int) -> tuple[str, str]:
+    """The norm before an expert layer's feed-forward, and its router."""
+    prefix = config.layer_prefix(index)
+    return f"{prefix}post_attention_layernorm.weight", f"{prefix}feed_forward.router.weight"
 
 
 def layer_of(config: ModelConfig, name: str) -> int | None:

@@ -20,6 +20,7 @@ from llama4q.device import HOST
 from llama4q.machine import UNBOUNDED, Memory
 from llama4q.model import logits
 from llama4q.recipe import Recipe, load_recipe
+from llama4q.source import Source, folder_source
 from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
 
@@ -77,7 +78,7 @@ def words(ids: list[int]) -> str:
 
 
 def run(
-    source: Path,
+    source: Path | Source,
     destination: Path,
     recipe: Recipe | str = "int4",
     calibration: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
@@ -91,12 +92,14 @@ def run(
 
     Calibration tokens are `[S, T]`, or such a tensor for each length.
     """
+    if isinstance(source, Path):
+        source = folder_source(source)
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    drawn = tokens(source, 4, 96, seed=7) if calibration is None else calibration
+    drawn = tokens(source.folder, 4, 96, seed=7) if calibration is None else calibration
     batches = (drawn,) if isinstance(drawn, torch.Tensor) else drawn
     digest = f"digest of {sum(int(batch.sum()) for batch in batches)}"
     job = Job(source, destination, chosen, batches, digest, dtype, device)
-    evaluation = Evaluation(read_config(source), asked or questions(source))
+    evaluation = Evaluation(read_config(source.folder), asked or questions(source.folder))
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
         return dataclasses.asdict(outcome)

@@ -28,6 +28,7 @@ from llama4q.inspect import inspect_checkpoint
 from llama4q.packing import pack, unpack
 from llama4q.recipe import Recipe, load_recipe, parse_recipe, planned
 from llama4q.schemes import BNB_INT8, BNB_NF4, Scheme
+from llama4q.source import folder_source
 
 from . import runs, test_inspect, tiny
 from .test_export import MODELS, loaded
@@ -330,10 +331,10 @@ def test_every_command(tmp_path: Path) -> None:
 
 def test_inspect_names_the_format(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "source", tiny.SCOUT)
-    before = inspect_checkpoint(source)
+    before = inspect_checkpoint(folder_source(source))
     for recipe, label in zip(RECIPES, ("bnb NF4", "bnb INT8"), strict=True):
         runs.run(source, tmp_path / recipe, recipe)
-        found = inspect_checkpoint(tmp_path / recipe)
+        found = inspect_checkpoint(folder_source(tmp_path / recipe))
         assert (found.quantized, found.experts_layout) == (True, "unfused")
         assert found.parameters == before.parameters
         formats = {part.name: dict(part.formats) for part in found.components}

@@ -18,6 +18,7 @@ from benchmarks.make_giant import Weights, giant_config, main, shapes_of, shards
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import parse_config, read_config
 from llama4q.inspect import inspect_checkpoint
+from llama4q.source import folder_source
 from llama4q.stream import advance, embed
 from llama4q.text import evaluation_tokens, load_tokenizer, parse_source
 from llama4q.weights import LayerReader, check_layout
@@ -63,7 +64,7 @@ def test_every_variant_opens_and_has_transformers_tensors(name: str, tmp_path: P
     found = {name: info.shape for name, info in checkpoint.infos.items()}
     assert found == text_shapes(tiny.config_json(variant))
     assert {info.dtype for info in checkpoint.infos.values()} == {torch.bfloat16}
-    summary = inspect_checkpoint(folder)
+    summary = inspect_checkpoint(folder_source(folder))
     assert not summary.config.has_vision
     assert summary.experts_layout == ("fused" if config.moe_layers else "none")
     wanted = parse_config(tiny.config_json(variant), "config.json")

@@ -1,26 +1,20 @@
-"""SOURCE from the Hub: the real huggingface_hub client against a server on 127.0.0.1.
-
-Each download runs in a process of its own, as a user's does, told of the server by environment
-variables alone. An audit hook ends it at the first connection to any other machine.
-"""
+"""SOURCE from the Hub: the real huggingface_hub client against a server on 127.0.0.1."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 
 from llama4q.errors import UserError
-from llama4q.hub import POCKET_MODEL, Source, resolve
+from llama4q.hub import POCKET_MODEL, resolve
+from llama4q.source import Source, folder_source
 
 from . import tiny
+from .hub_home import COMMAND_LINE, RESOLVE, Home
 from .hub_server import (
     BAD_TOKEN,
     COMMIT,
@@ -39,10 +33,10 @@ NEEDED_BESIDE_WEIGHTS = {
     "chat_template.jinja": b"{{ messages }}",
     "LICENSE": b"terms",
     "USE_POLICY.md": b"policy",
+    "README.md": b"card",
 }
 NOT_NEEDED = {
     ".gitattributes": b"*",
-    "README.md": b"card",
     "pytorch_model.bin": b"pickle",
     "model.pth": b"pickle",
     "consolidated.safetensors": b"again",
@@ -53,72 +47,6 @@ NOT_NEEDED = {
     "onnx/model.safetensors": b"again",
 }
 SHARD = "model-00002-of-00002.safetensors"
-
-STAY_HOME = """
-import os, sys
-def stay_home(event, arguments):
-    hosts = {"socket.connect": arguments[1:2], "socket.getaddrinfo": [arguments[:1]]}.get(event, [])
-    if any(host[0] != "127.0.0.1" for host in hosts):
-        print(event, hosts, file=sys.stderr, flush=True)
-        os._exit(99)
-sys.addaudithook(stay_home)
-"""
-RESOLVE = """
-import json, sys
-from llama4q.errors import UserError
-from llama4q.hub import resolve
-try:
-    found = resolve(sys.argv[1])
-except UserError as error:
-    sys.exit("Error: " + str(error))
-print(json.dumps([str(found.folder), found.name, found.revision]))
-"""
-COMMAND_LINE = "from cli import main; main(prog_name='llama4q')"
-
-
-@dataclass(frozen=True)
-class Home:
-    """A user's machine: HF_HOME of its own, and the Hub at some address."""
-
-    folder: Path
-    endpoint: str
-
-    def run(
-        self, code: str, *arguments: str, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        # nothing of the tester's own settings, tokens or proxies
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-        return subprocess.run(
-            [sys.executable, "-W", "error", "-c", STAY_HOME + code, *arguments],
-            cwd=Path(__file__).parent.parent,
-            env={
-                **kept,
-                "HF_ENDPOINT": self.endpoint,
-                "HF_HOME": str(self.folder),
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "HF_HUB_ETAG_TIMEOUT": "60",  # seconds, for a machine that is busy
-                "HF_HUB_DOWNLOAD_TIMEOUT": "60",
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    def resolve(self, name: str, **environment: str) -> Source:
-        done = self.run(RESOLVE, name, **environment)
-        assert done.returncode == 0, done.stderr
-        folder, repo, revision = json.loads(done.stdout)
-        return Source(Path(folder), repo, revision)
-
-    def error(self, name: str, **environment: str) -> str:
-        """The one line of a run that fails."""
-        done = self.run(RESOLVE, name, **environment)
-        assert done.returncode == 1, done.stderr
-        assert "Traceback" not in done.stderr
-        last = done.stderr.splitlines()[-1]
-        assert last.startswith("Error: ")
-        return last.removeprefix("Error: ")
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +106,8 @@ def test_inspect_reads_a_hub_id(home: Home) -> None:
 
 
 def test_a_folder_and_the_pocket_model_need_no_hub(tmp_path: Path) -> None:
-    assert resolve(str(tmp_path)) == Source(tmp_path, str(tmp_path))
-    assert resolve("pocket") == Source(POCKET_MODEL, "pocket")
+    assert resolve(str(tmp_path)) == folder_source(tmp_path)
+    assert resolve("pocket") == Source(folder=POCKET_MODEL, name="pocket")
 
 
 # --- what breaks ---

@@ -17,6 +17,7 @@ from llama4q.checkpoint import TensorInfo
 from llama4q.config import parse_config
 from llama4q.errors import UserError
 from llama4q.inspect import Summary, inspect_checkpoint, render_summary, summarize
+from llama4q.source import folder_source
 
 from . import tiny
 
@@ -202,7 +203,7 @@ def test_real_maverick_against_the_contracts_table(maverick: Table) -> None:
 def test_every_variant_adds_up_to_its_files(tmp_path: Path, name: str) -> None:
     """Authority: the size of the safetensors files without their headers."""
     folder = tiny.write(tmp_path / name, tiny.VARIANTS[name])
-    summary = inspect_checkpoint(folder)
+    summary = inspect_checkpoint(folder_source(folder))
     assert summary.nbytes == sum(data_bytes(path) for path in folder.glob("*.safetensors"))
     assert summary.parameters == sum(
         math.prod(shape) for shape in tiny.shapes(tiny.config_json(tiny.VARIANTS[name])).values()
@@ -238,9 +239,9 @@ def write_quantized(folder: Path, extra: dict[str, torch.Tensor] | None = None) 
 
 
 def test_a_quantized_checkpoint_has_the_originals_weights(tmp_path: Path) -> None:
-    original = inspect_checkpoint(tiny.write(tmp_path / "source", WIDE))
+    original = inspect_checkpoint(folder_source(tiny.write(tmp_path / "source", WIDE)))
     folder = write_quantized(tmp_path / "quantized")
-    summary = inspect_checkpoint(folder)
+    summary = inspect_checkpoint(folder_source(folder))
     found = {part.name: part for part in summary.components}
     assert parts(summary) == {**parts(original), "kv_scales": 0}
     assert summary.nbytes == data_bytes(folder / "model.safetensors")
@@ -324,22 +325,27 @@ def test_fused_and_unfused_layers_together_are_named(tmp_path: Path) -> None:
     fused = {
         "language_model.model.layers.0.feed_forward.experts.gate_up_proj": torch.zeros(4, 256, 512)
     }
-    assert inspect_checkpoint(write_quantized(tmp_path, fused)).experts_layout == "mixed"
+    assert (
+        inspect_checkpoint(folder_source(write_quantized(tmp_path, fused))).experts_layout
+        == "mixed"
+    )
 
 
 def test_a_packed_vision_tower_needs_its_stored_shapes(tmp_path: Path) -> None:
     name = "vision_model.model.layers.0.mlp.fc1"
     packed = {f"{name}.weight_packed": torch.zeros(64, 4, dtype=torch.int32)}
-    before = parts(inspect_checkpoint(write_quantized(tmp_path / "before")))["vision"]
+    before = parts(inspect_checkpoint(folder_source(write_quantized(tmp_path / "before"))))[
+        "vision"
+    ]
     shape = {f"{name}.weight_shape": torch.tensor([64, 32])}
-    summary = inspect_checkpoint(write_quantized(tmp_path / "shape", packed | shape))
+    summary = inspect_checkpoint(folder_source(write_quantized(tmp_path / "shape", packed | shape)))
     assert parts(summary)["vision"] == before + 64 * 32
     with pytest.raises(UserError, match=r"vision_model\.model\.layers\.0\.mlp\.fc1.*weight_shape"):
-        inspect_checkpoint(write_quantized(tmp_path / "none", packed))
+        inspect_checkpoint(folder_source(write_quantized(tmp_path / "none", packed)))
 
 
 def test_json_is_json_and_adds_up(tmp_path: Path) -> None:
-    summary = inspect_checkpoint(write_quantized(tmp_path))
+    summary = inspect_checkpoint(folder_source(write_quantized(tmp_path)))
     found = json.loads(json.dumps(summary.to_json()))
     components = found["components"].values()
     assert found["bytes"] == sum(part["bytes"] for part in components) == summary.nbytes
@@ -350,7 +356,7 @@ def test_json_is_json_and_adds_up(tmp_path: Path) -> None:
 
 
 def test_table_is_aligned_and_shows_every_component(tmp_path: Path) -> None:
-    text = render_summary(inspect_checkpoint(write_quantized(tmp_path)))
+    text = render_summary(inspect_checkpoint(folder_source(write_quantized(tmp_path))))
     head, table = text.split("\n\n")
     assert "4 of width 256 and a shared one in 4 layers, top 1, unfused" in head
     assert "4: 1 global, 3 chunked by 32 tokens" in head
@@ -375,4 +381,4 @@ def test_gigabytes_are_ten_to_the_ninth(scout: Table) -> None:
 def test_what_is_not_a_llama_4_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="not a Llama 4"):
-        inspect_checkpoint(tmp_path)
+        inspect_checkpoint(folder_source(tmp_path))

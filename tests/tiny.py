@@ -124,8 +124,12 @@ def write(
     seed: int = 0,
     shards: int = 2,
     replace: dict[str, torch.Tensor] | None = None,
+    scattered: bool = True,
 ) -> Path:
-    """A checkpoint folder of `variant` with an index and `shards` shards; returns the folder."""
+    """A checkpoint folder of `variant` with an index and `shards` shards; returns the folder.
+
+    A layer's tensors are scattered over the shards, or beside each other, in the order of layers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = config_json(variant)
     made = {**tensors(config, seed), **(replace or {})}
@@ -133,7 +137,9 @@ def write(
     weight_map = {}
     for number in range(shards):
         shard = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: made[name] for name in names[number::shards]}
+        ends = (len(names) * number // shards, len(names) * (number + 1) // shards)
+        mine = names[number::shards] if scattered else names[slice(*ends)]
+        part = {name: made[name] for name in mine}
         save_file(part, str(folder / shard), metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, shard))
     index = {"metadata": {}, "weight_map": weight_map}

@@ -26,6 +26,7 @@ from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.packing import is_quantized, unpack
 from llama4q.recipe import load_recipe, parse_recipe
+from llama4q.source import folder_source
 
 MODES = {"": "", "bf16": "", "rtn": 'method = "rtn"'}
 
@@ -40,7 +41,7 @@ def main() -> None:
     built = assignment.work / "checkpoint"
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     dtype = torch.bfloat16 if assignment.mode == "bf16" else torch.float32
-    job = Job(assignment.source, built, recipe, (tokens,), digest, dtype)
+    job = Job(folder_source(assignment.source), built, recipe, (tokens,), digest, dtype)
     unasked = Evaluation(
         read_config(assignment.source), Questions(tokens[:1, :64], "judged elsewhere", [], 0)
     )
