@@ -22,7 +22,8 @@ POCKET = "pocket"
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 
 SMALL = (
-    "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*", "README.md",
+    "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "USE_POLICY*", "NOTICE*",
+    "report.html",
 )  # fmt: skip
 NEEDED = ("*.safetensors", *SMALL)
 # A checkpoint lies at the top of its repository. Folders hold the same weights in other formats
