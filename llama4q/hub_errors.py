@@ -51,7 +51,7 @@ def named_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repo}: has no revision {revision!r}; check it on the Hub") from None
-    except errors.LocalEntryNotFoundError as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise _refused(repo, error.__cause__) from None
         raise UnavailableError(

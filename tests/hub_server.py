@@ -103,6 +103,7 @@ class Hub:
     wrong: dict[str, int] = field(
         default_factory=dict
     )  # file -> how often it comes with a wrong byte
+    sizes: Mapping[str, int] = field(default_factory=dict)  # file -> what the listing says of it
     failing: float = 0.0  # the share of requests that are answered 429, 503, or broken off
     seed: int = 0  # of which ones
     most_uploads: int | None = None  # objects that are taken; further ones are refused
@@ -178,7 +179,8 @@ class Hub:
             {"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders
         ]
         for name, content in files.items():
-            entry = {"type": "file", "path": name, "size": len(content), "oid": git_hash(content)}
+            size = self.sizes.get(name, len(content))
+            entry = {"type": "file", "path": name, "size": size, "oid": git_hash(content)}
             if self.is_lfs(content):
                 pointer = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
                 entry["lfs"] = pointer

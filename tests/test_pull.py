@@ -90,6 +90,15 @@ def spoil(home: Home, name: str) -> None:
     path.write_bytes(content)
 
 
+def test_a_disk_that_is_too_small_is_told_before(files: dict[str, bytes], tmp_path: Path) -> None:
+    """The listing has the size; 2^60 bytes are more than any disk."""
+    with Hub(files, sizes={SHARD: 2**60}) as hub:
+        done = Home(tmp_path, hub.address).run(COMMAND_LINE, "pull", REPO)
+    assert done.returncode == 1
+    assert "GB are to be downloaded, the disk of the cache has " in done.stderr
+    assert not [name for name in hub.downloads() if name.endswith(".safetensors")]
+
+
 def test_a_rate_limit_says_what_to_do(home: Home, hub: Hub) -> None:
     hub.refuse_all = TOO_MANY
     done = home.run(COMMAND_LINE, "pull", REPO)
