@@ -24,12 +24,25 @@ POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 
 NEEDED = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*",
+    "README.md",  # for what it says of licence and language
 )  # fmt: skip
 # A checkpoint lies at the top of its repository. Folders hold the same weights in other formats
 # (original/, onnx/, ...), and `*` matches across slashes.
 NOT_NEEDED = ("*/*", "consolidated*")
 
 AGAIN = "repeat the command to go on, files that are complete stay in the cache"
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What is done at the Hub, in the words of its error lines."""
+
+    name: str
+    right: str  # that a token must have
+    again: str
+
+
+DOWNLOAD = Errand("download", "read", AGAIN)
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -57,7 +70,7 @@ def resolve(name: str) -> Source:
     if match is None or os.path.exists(name):
         raise _neither(name)
     repo = match["repo"]
-    with _named_errors(repo, match["revision"]):
+    with named_errors(repo, match["revision"]):
         # config.json alone first: a model of another kind is refused before its weights come
         folder = _download(repo, match["revision"], ["config.json"])
         if not (folder / "config.json").exists():
@@ -89,7 +102,7 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 @contextlib.contextmanager
-def _named_errors(repo: str, revision: str | None) -> Iterator[None]:
+def named_errors(repo: str, revision: str | None, errand: Errand = DOWNLOAD) -> Iterator[None]:
     """What huggingface_hub raises as one line that says what to do."""
     from huggingface_hub import errors
 
@@ -113,23 +126,31 @@ def _named_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise UserError(f"{repo}: has no revision {revision!r}; check it on the Hub") from None
     except errors.LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise _refused(repo, error.__cause__) from None
+            raise _refused(repo, error.__cause__, errand) from None
         raise UserError(
             f"{repo}: not all of it is in the cache, and the Hub cannot be reached "
             f"({_one_line(error.__cause__ or error)}); connect, or name a folder"
         ) from None
     except errors.HfHubHTTPError as error:
-        raise _refused(repo, error) from None
-    # RuntimeError is what hf_xet, which fetches large files, makes of a broken connection
+        raise _refused(repo, error, errand) from None
+    # RuntimeError is what hf_xet, which moves large files, makes of a broken connection, and
+    # huggingface_hub of whatever ends the upload of one
     except (HTTPError, OSError, RuntimeError) as error:
-        raise UserError(f"{repo}: download failed ({_one_line(error)}); {AGAIN}") from None
+        cause = error.__cause__ or error
+        # of what the storage answers only its words: the address is signed, like a password
+        said = _said(cause) if isinstance(cause, errors.HfHubHTTPError) else _one_line(cause)
+        raise UserError(f"{repo}: {errand.name} failed ({said}); {errand.again}") from None
 
 
-def _refused(repo: str, error: HfHubHTTPError) -> UserError:
-    status = error.response.status_code
-    said = error.server_message or error.response.reason_phrase
-    advice = "run 'hf auth login' with a token that may read it" if status in (401, 403) else AGAIN
-    return UserError(f"{repo}: the Hub answers {status} ({_one_line(said)}); {advice}")
+def _refused(repo: str, error: HfHubHTTPError, errand: Errand) -> UserError:
+    login = f"run 'hf auth login' with a token that may {errand.right} it"
+    advice = login if error.response.status_code in (401, 403) else errand.again
+    return UserError(f"{repo}: {_said(error)}; {advice}")
+
+
+def _said(error: HfHubHTTPError) -> str:
+    said = _one_line(error.server_message or error.response.reason_phrase)
+    return f"the Hub answers {error.response.status_code} ({said})"
 
 
 def _one_line(error: BaseException | str) -> str:

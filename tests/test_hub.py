@@ -39,10 +39,10 @@ NEEDED_BESIDE_WEIGHTS = {
     "chat_template.jinja": b"{{ messages }}",
     "LICENSE": b"terms",
     "USE_POLICY.md": b"policy",
+    "README.md": b"card",
 }
 NOT_NEEDED = {
     ".gitattributes": b"*",
-    "README.md": b"card",
     "pytorch_model.bin": b"pickle",
     "model.pth": b"pickle",
     "consolidated.safetensors": b"again",
