@@ -793,7 +793,7 @@ def push(
     """
     from evals.model_card import model_card
     from llama4q.licence import Card, Publication, State, duties, licence_files
-    from llama4q.publish import Order, check_token, list_too, publish, read_card
+    from llama4q.publish import Order, check_token, list_too, publish, read_card, sent
 
     order = Order(folder, repo, private, revision, create_pr)
     list_too(folder, licence_files(folder))  # those that its publisher has added
@@ -815,7 +815,7 @@ def push(
         sys.exit(1)
     files = _checked(folder)
     if dry_run:
-        click.echo(f"Nothing was sent: {len(files)} files would go to {repo}.")
+        click.echo(f"Nothing was sent: {len(sent(files))} files would go to {repo}.")
         return
     check_token()
     click.echo(publish(order, files, shown.text))
@@ -826,14 +826,14 @@ def _subject(folder: Path, repo: str | None, base_model: str | None) -> tuple[Re
     from evals.gate import load_report
     from evals.model_card import Subject
     from llama4q.config import read_config
-    from llama4q.licence import licence_of, named_source
+    from llama4q.licence import base_model_of, licence_of
 
     report = load_report(folder / "report.json")
     source = report.get("source") or {}
     return report, Subject(
         repo,
         licence_of(source, folder),
-        base_model or named_source(source),
+        base_model_of(source, base_model),
         read_config(folder).has_vision,
     )
 

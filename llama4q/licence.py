@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
 from .manifest import CARD
 
 AGREEMENT = "LLAMA 4 COMMUNITY LICENSE AGREEMENT"  # its title
@@ -131,9 +132,14 @@ def notice(folder: Path) -> bytes | None:
     return f"{before}{NOTICE_LINE}\n".encode()
 
 
-def named_source(source: Mapping[str, Any]) -> str | None:
-    """The Hub id of a report's `source`; None where it was a folder."""
-    return str(source["name"]) if source.get("revision") and source.get("name") else None
+def base_model_of(source: Mapping[str, Any], named: str | None = None) -> str | None:
+    """The original's Hub id: as `named`, else a report's `source`; None where that was a folder.
+
+    Raises UserError when what is named is none.
+    """
+    if named is not None and not _HUB_ID.fullmatch(named):
+        raise UserError(f"--base-model {named}: not a Hub id; name the original as owner/name")
+    return named or (str(source["name"]) if source.get("revision") else None)
 
 
 # --- duties ---

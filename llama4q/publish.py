@@ -92,6 +92,11 @@ def check_token() -> None:
         raise UserError("no token for the Hub here; run 'hf auth login' with one that may write")
 
 
+def sent(files: Mapping[str, str]) -> list[str]:
+    """The names of all that goes with the manifest's `files`."""
+    return [*files, MANIFEST, CARD]
+
+
 def publish(order: Order, files: Mapping[str, str], card: str) -> str:
     """Send `files` (their SHA-256 by name), the manifest and the card; returns the address.
 
@@ -107,7 +112,7 @@ def publish(order: Order, files: Mapping[str, str], card: str) -> str:
     with named_errors(order.repo, order.revision, UPLOAD):
         _validate_card(order)
         commit, there = _prepare(api, order)
-        names = [*files, MANIFEST, CARD]
+        names = sent(files)
         stale = [CommitOperationDelete(name) for name in _replaced(there, names)]
         try:
             done = api.create_commit(

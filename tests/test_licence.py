@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from evals.model_card import Subject, model_card
+from llama4q.errors import UserError
 from llama4q.export import side_files
 from llama4q.hub import POCKET_MODEL
 from llama4q.licence import (
@@ -16,10 +17,10 @@ from llama4q.licence import (
     Licence,
     Publication,
     State,
+    base_model_of,
     described,
     duties,
     licence_of,
-    named_source,
     notice,
 )
 
@@ -209,8 +210,12 @@ def test_what_a_source_says(tmp_path: Path) -> None:
 
 
 def test_only_a_source_on_the_hub_has_a_name() -> None:
-    assert named_source({"name": "a/b", "revision": "c" * 40}) == "a/b"
-    assert named_source({"name": "a/b", "revision": None}) is None
+    found = {"name": "a/b", "revision": "c" * 40}
+    assert base_model_of(found) == "a/b"
+    assert base_model_of({"name": "a/b", "revision": None}) is None
+    assert base_model_of(found, "c/d") == "c/d"
+    with pytest.raises(UserError, match="--base-model scout: not a Hub id"):
+        base_model_of(found, "scout")
 
 
 # --- other licences ---
