@@ -873,7 +873,7 @@ def push(
         click.echo(f"Nothing was sent: {len(sent(files))} files would go to {repo}.")
         return
     check_token()
-    click.echo(publish(order, files, shown.text))
+    click.echo(publish(order, files, shown.text, _tell))
 
 
 def _subject(folder: Path, repo: str | None, base_model: str | None) -> tuple[Report, Subject]:

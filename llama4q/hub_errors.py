@@ -6,9 +6,10 @@ Knows nothing of what was asked for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import UserError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 AGAIN = "repeat the command to go on, files that are complete are not fetched again"
 TOO_MANY = 429
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,25 @@ class UnavailableError(UserError):
     def __init__(self, what: str, advice: str) -> None:
         super().__init__(f"{what}; {advice}")
         self.what = what
+
+
+def persistently(
+    work: Callable[[], Result],
+    tell: Callable[[str], None],
+    pauses: Iterable[float],
+    wait: Callable[[float], object] = time.sleep,
+) -> Result:
+    """`work`, again after each of `pauses` in seconds while the Hub is unavailable, which is told.
+
+    Raises UnavailableError when it stays so.
+    """
+    for pause in pauses:
+        try:
+            return work()
+        except UnavailableError as error:
+            tell(f"{error.what}; trying again in {pause:.0f} s")
+            wait(pause)
+    return work()
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ nothing of licences, reports or tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError
-from .hub_errors import Errand, named_errors
+from .hub_errors import Errand, Result, named_errors, persistently
 from .manifest import CARD, MANIFEST, extended
 from .writer import write_atomically, writing
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 UPLOAD = Errand("upload", "write", "repeat the command to go on, what has arrived stays there")
+PAUSES = (1.0, 2.0, 4.0)  # seconds before a request is tried again: somebody waits for it
 # Weights that are not of the new checkpoint; whoever loads all shards would mix two of them.
 REPLACED = ("*.safetensors", "*.safetensors.index.json")
 
@@ -97,35 +98,58 @@ def sent(files: Mapping[str, str]) -> list[str]:
     return [*files, MANIFEST, CARD]
 
 
-def publish(order: Order, files: Mapping[str, str], card: str) -> str:
+def publish(order: Order, files: Mapping[str, str], card: str, tell: Callable[[str], None]) -> str:
     """Send `files` (their SHA-256 by name), the manifest and the card; returns the address.
 
-    The card is written beside them first, where there is none. Raises UserError, with nothing
-    changed at the Hub, for whatever ends the upload.
+    The card is written beside them first, where there is none. What fails because the Hub is
+    unavailable is tried again, which `tell` hears of; but a pull request is asked for once, or
+    there might be two. Raises UserError, with nothing changed at the Hub, for whatever ends the
+    upload.
     """
-    from huggingface_hub import CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
 
     if read_card(order.folder) is None:
         with writing(order.folder / CARD):
             write_atomically(order.folder / CARD, card.encode())
     api = HfApi(library_name="llama4q")
+
+    def hold(work: Callable[[], Result]) -> Result:
+        def named() -> Result:
+            with named_errors(order.repo, order.revision, UPLOAD):
+                return work()
+
+        return persistently(named, tell, PAUSES)
+
+    hold(lambda: _validate_card(order))
+    if not order.create_pr:
+        hold(lambda: api.create_repo(order.repo, private=order.private or None, exist_ok=True))
+        if order.revision is not None and not order.revision.startswith("refs/"):
+            branch = order.revision
+            hold(lambda: api.create_branch(order.repo, branch=branch, exist_ok=True))
+        return hold(lambda: _commit(api, order, files))
     with named_errors(order.repo, order.revision, UPLOAD):
-        _validate_card(order)
-        commit, there = _prepare(api, order)
-        names = sent(files)
-        stale = [CommitOperationDelete(name) for name in _replaced(there, names)]
-        try:
-            done = api.create_commit(
-                order.repo,
-                [*(_addition(order.folder / name, files.get(name)) for name in names), *stale],
-                commit_message=f"Upload {order.folder.absolute().name} with llama4q",
-                revision=order.revision,
-                create_pr=order.create_pr,
-                parent_commit=commit,
-            )
-        except ValueError as error:  # what the Hub answered made no sense to the client
-            said = " ".join(str(error).split())
-            raise UserError(f"{order.repo}: upload failed ({said}); {UPLOAD.again}") from None
+        return _commit(api, order, files)
+
+
+def _commit(api: HfApi, order: Order, files: Mapping[str, str]) -> str:
+    """One commit on top of the last one; its address, or that of the pull request."""
+    from huggingface_hub import CommitOperationDelete
+
+    parent, there = _state(api, order)
+    names = sent(files)
+    stale = [CommitOperationDelete(name) for name in _replaced(there, names)]
+    try:
+        done = api.create_commit(
+            order.repo,
+            [*(_addition(order.folder / name, files.get(name)) for name in names), *stale],
+            commit_message=f"Upload {order.folder.absolute().name} with llama4q",
+            revision=order.revision,
+            create_pr=order.create_pr,
+            parent_commit=parent,
+        )
+    except ValueError as error:  # what the Hub answered made no sense to the client
+        said = " ".join(str(error).split())
+        raise UserError(f"{order.repo}: upload failed ({said}); {UPLOAD.again}") from None
     return str(done.pr_url or done.commit_url)
 
 
@@ -142,14 +166,10 @@ def _validate_card(order: Order) -> None:
         ) from None
 
 
-def _prepare(api: HfApi, order: Order) -> tuple[str, Collection[str]]:
-    """The repository and branch, created where needed: its last commit, and the files in it."""
+def _state(api: HfApi, order: Order) -> tuple[str, Collection[str]]:
+    """The last commit of a branch, and the files in it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    if not order.create_pr:
-        api.create_repo(order.repo, private=order.private or None, exist_ok=True)
-        if order.revision is not None and not order.revision.startswith("refs/"):
-            api.create_branch(order.repo, branch=order.revision, exist_ok=True)
     try:
         info = api.model_info(order.repo, revision=order.revision)
     except RepositoryNotFoundError:

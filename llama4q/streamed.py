@@ -33,7 +33,7 @@ from .checkpoint import (
 )
 from .device import HOST, arrived
 from .errors import UserError
-from .hub_errors import UnavailableError
+from .hub_errors import persistently
 from .remote import Remote, RemoteFile, mend
 from .source import Source
 from .window import Schedule, Window, schedule
@@ -169,15 +169,12 @@ class Shards:
         self.states[shard] = opened_state(path)
 
     def _download(self, shard: str, again: bool = False) -> None:
-        for pause in PAUSES:
-            try:
-                self.remote.fetch(shard, self.work, again)
-                return
-            except UnavailableError as error:
-                self._tell(f"{error.what}; trying again in {pause:.0f} s")
-                if self._ending.wait(pause):
-                    raise
-        self.remote.fetch(shard, self.work, again)
+        def fetch() -> Path:
+            if self._ending.is_set():
+                raise UserError(f"{self.remote.repo}: {shard} is not fetched, the run has ended")
+            return self.remote.fetch(shard, self.work, again)
+
+        persistently(fetch, self._tell, PAUSES, self._ending.wait)
 
     def _check_early(self, shard: str) -> None:
         """What ranges gave is what the whole shard, whose SHA-256 is right, has."""

@@ -350,7 +350,10 @@ def test_a_namespace_of_others(folder: Path, home: Home) -> None:
     [
         (GATED, "is gated; accept its licence on its Hub page"),
         (DOWN, "the Hub answers 503 (Hub is down); repeat the command to go on"),
-        (Refusal(429, "", "Too Many Requests"), "the Hub answers 429 (Too Many Requests); repeat"),
+        (
+            Refusal(429, "", "Too Many Requests"),
+            "the Hub answers 429 (Too Many Requests); wait some minutes",
+        ),
     ],
 )
 def test_a_hub_that_refuses(
