@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .figures import Report
+from .markdown import Row, plain, table
 from .wording import (
     UNKNOWN,
     count,
@@ -22,19 +23,18 @@ from .wording import (
     size,
 )
 
-Row = Sequence[str]
-
 
 def markdown(report: Report) -> str:
     """Size, predictions, retrieval by length, and how to make it again; what is missing is left
     out."""
-    parts = [
-        "## Evaluation",
-        _table(("", "original", "quantized", "difference"), _comparison(report)),
-        _retrieval(part(report, "evidence", "retrieval")),
-        _made(report),
-    ]
+    retrieval = part(report, "evidence", "retrieval")
+    parts = ["## Evaluation", comparison(report), _retrieval(retrieval), _made(report)]
     return "\n\n".join(text for text in parts if text) + "\n"
+
+
+def comparison(report: Report) -> str:
+    """Both models' figures beside each other, with intervals."""
+    return table(("", "original", "quantized", "difference"), _comparison(report))
 
 
 def _comparison(report: Report) -> Iterable[Row]:
@@ -47,7 +47,7 @@ def _comparison(report: Report) -> Iterable[Row]:
     if plain.get("perplexity") and served.get("perplexity"):
         increase = served["perplexity"] / plain["perplexity"] - 1
         interval = intervals.get("perplexity_increase")
-        change = _with(f"{signed(100 * increase, 2)} %", interval, _points(2))
+        change = within(f"{signed(100 * increase, 2)} %", interval, points(2))
         sides = (f"{number(side['perplexity'], 4)}" for side in (plain, served))
         yield "perplexity", *sides, change + _judged(interval)
     for key, name, shown in (
@@ -56,23 +56,28 @@ def _comparison(report: Report) -> Iterable[Row]:
         ("top1_agreement", "same next token", lambda share: percent(share, 2)),
     ):
         if likelihood.get(key) is not None:
-            yield name, "", "", _with(shown(likelihood[key]), intervals.get(key), shown)
+            yield name, "", "", within(shown(likelihood[key]), intervals.get(key), shown)
     retrieval = part(report, "evidence", "retrieval")
     if retrieval.get("original") is not None:
         difference = part(retrieval, "difference")
-        change = _with(
+        change = within(
             f"{signed(100 * (retrieval['quantized'] - retrieval['original']), 1)} points",
             ends(difference),
-            _points(1),
+            points(1),
         )
         sides = (percent(retrieval[side], 1) for side in ("original", "quantized"))
         yield "retrieval", *sides, change + _judged(ends(difference))
 
 
 def _retrieval(retrieval: Mapping[str, Any]) -> str:
-    """Shares by length, all tasks and depths together."""
-    tasks = retrieval.get("tasks") or []
-    cells = [cell for task in tasks for cell in task["cells"]]
+    shares = by_length(retrieval)
+    names = ", ".join(plain(task["task"]) for task in retrieval.get("tasks") or [])
+    return shares and f"Retrieval ({names}) by length of the prompt:\n\n{shares}"
+
+
+def by_length(retrieval: Mapping[str, Any]) -> str:
+    """Shares by length, all tasks and depths together; empty where nothing was asked."""
+    cells = [cell for task in retrieval.get("tasks") or [] for cell in task["cells"]]
     rows = []
     for length in sorted({cell["length"] for cell in cells}):
         here = [cell for cell in cells if cell["length"] == length]
@@ -81,11 +86,7 @@ def _retrieval(retrieval: Mapping[str, Any]) -> str:
         prompts = count(sum(cell["prompts"] for cell in here))
         sides = percent(before, 1), percent(after, 1)
         rows.append((f"{length:,}", prompts, *sides, f"{change} points"))
-    if not rows:
-        return ""
-    names = ", ".join(_plain(task["task"]) for task in tasks)
-    header = ("tokens", "prompts", "original", "quantized", "difference")
-    return f"Retrieval ({names}) by length of the prompt:\n\n{_table(header, rows)}"
+    return table(("tokens", "prompts", "original", "quantized", "difference"), rows)
 
 
 def _made(report: Report) -> str:
@@ -98,36 +99,19 @@ def _made(report: Report) -> str:
         f"Measured on {measured(likelihood)}." if likelihood else None,
         "Intervals are 95 %, paired." if likelihood or part(report, "evidence") else None,
     ]
-    told = " ".join(_plain(fact) for fact in facts if fact)
+    told = " ".join(plain(fact) for fact in facts if fact)
     command = report.get("command")
     again = f"To make it again:\n\n    {' '.join(command.split())}" if command else ""
     return "\n\n".join(text for text in (told, again) if text)
 
 
-def _with(value: str, interval: Sequence[float] | None, shown: Callable[[float], str]) -> str:
+def within(value: str, interval: Sequence[float] | None, shown: Callable[[float], str]) -> str:
     return value if interval is None else f"{value} ({' to '.join(map(shown, interval))})"
 
 
-def _points(decimals: int) -> Callable[[float], str]:
+def points(decimals: int) -> Callable[[float], str]:
     return lambda share: signed(100 * share, decimals)
 
 
 def _judged(interval: Sequence[float] | None) -> str:
     return ", no difference seen" if no_difference(interval) else ""
-
-
-def _table(header: Row, rows: Iterable[Row]) -> str:
-    """The first column to the left, the others to the right; empty without rows."""
-    lines = [" | ".join(map(_plain, row)) for row in rows]
-    if not lines:
-        return ""
-    ruler = " | ".join([":--", *["--:"] * (len(header) - 1)])
-    return "\n".join(f"| {line} |" for line in (" | ".join(header), ruler, *lines))
-
-
-def _plain(text: str) -> str:
-    """Nothing in it is Markdown or HTML, and it is one line."""
-    told = " ".join(text.split()).replace("\\", "\\\\")
-    for character in "|`*_<[":
-        told = told.replace(character, f"\\{character}")
-    return told

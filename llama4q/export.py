@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import bnb
+from . import bnb, licence
 from .config import ModelConfig, read_config_json
 from .errors import UserError
 from .manifest import MANIFEST
@@ -156,9 +156,14 @@ def quantized_already(folder: Path) -> str | None:
 
 
 def side_files(source: Path) -> dict[str, bytes]:
-    """Tokenizer, processor, chat template, generation config, licence: copied as they are."""
+    """Tokenizer, processor, chat template, generation config, licence: copied as they are.
+
+    A NOTICE is added, or a line to it, where the licence asks for one that the source lacks.
+    """
     paths = sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)})
-    return {path.name: path.read_bytes() for path in paths if _is_side_file(path)}
+    copied = {path.name: path.read_bytes() for path in paths if _is_side_file(path)}
+    added = licence.notice(source)
+    return copied if added is None else {**copied, licence.NOTICE: added}
 
 
 def _is_side_file(path: Path) -> bool:

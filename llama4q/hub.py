@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .checkpoint import INDEX, SINGLE, read_index
@@ -22,7 +23,8 @@ POCKET = "pocket"
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 
 SMALL = (
-    "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*", "README.md",
+    "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "USE_POLICY*", "NOTICE*",
+    "report.html",
 )  # fmt: skip
 NEEDED = ("*.safetensors", *SMALL)
 # A checkpoint lies at the top of its repository. Folders hold the same weights in other formats
@@ -46,13 +48,16 @@ def resolve(name: str, tell: Tell = _nobody) -> Source:
     repository that holds no Llama 4.
     """
     found = _here(name) or _small_files(name)
-    if found.revision is None:
+    if found.revision is None or _shards_here(found.folder):
         return found
-    there = _files(found.folder)
+    remote = Remote(found.name, found.revision)
+    files = remote.files()
+    there = {path.name for path in found.folder.glob("*.safetensors")}
+    wanted = _wanted(found.folder)
+    _check_room(found, sum(files[name].size for name in wanted - there if name in files))
     folder = _download(found.name, found.revision, NEEDED)
-    if new := _files(folder) - there:
-        _check(Remote(found.name, found.revision), folder, new, tell)
-    return Source(folder=folder, name=found.name, revision=found.revision)
+    _check(remote, folder, _files(folder) - there, tell)
+    return found
 
 
 def resolve_remote(name: str) -> Source:
@@ -76,7 +81,8 @@ def pull(name: str, tell: Tell = _nobody) -> Source:
     found = resolve(name, tell)
     if found.revision is None:
         raise UserError(f"{name}: lies on this machine; name a Hub id as owner/name[@revision]")
-    _check(Remote(found.name, found.revision), found.folder, _files(found.folder), tell)
+    remote = Remote(found.name, found.revision)
+    _check(remote, found.folder, _files(found.folder), tell)
     return found
 
 
@@ -126,11 +132,28 @@ def _files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file()}
 
 
+def _wanted(folder: Path) -> set[str]:
+    """The shards of a checkpoint whose index, if it has one, is here."""
+    index = read_index(folder) if (folder / INDEX).exists() else None
+    return {SINGLE} if index is None else set(index.values())
+
+
 def _shards_here(folder: Path) -> bool:
     """Whether the cache has all of a checkpoint."""
-    index = read_index(folder) if (folder / INDEX).exists() else None
-    shards: Collection[str] = [SINGLE] if index is None else set(index.values())
-    return all((folder / shard).exists() for shard in shards)
+    return all((folder / shard).exists() for shard in _wanted(folder))
+
+
+def _check_room(found: Source, needed: int) -> None:
+    """Raises UserError when the cache's disk cannot take so many bytes more."""
+    blobs = found.folder.parent.parent / "blobs"  # of huggingface_hub's cache
+    begun = sum(path.stat().st_size for path in blobs.glob("*.incomplete"))
+    free = shutil.disk_usage(found.folder).free + begun
+    if needed > free:
+        raise UserError(
+            f"{found.name}: {needed / 1e9:.1f} GB are to be downloaded, the disk of the cache has "
+            f"{free / 1e9:.1f} GB free; free some, set HF_HOME to a folder on another disk, or "
+            f"quantize with --stream"
+        )
 
 
 def _check(remote: Remote, folder: Path, names: Iterable[str], tell: Tell) -> None:

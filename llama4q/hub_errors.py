@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import UserError
@@ -18,6 +19,18 @@ AGAIN = "repeat the command to go on, files that are complete are not fetched ag
 TOO_MANY = 429
 
 
+@dataclass(frozen=True)
+class Errand:
+    """What is done at the Hub, in the words of its error lines."""
+
+    name: str
+    right: str  # that a token must have
+    again: str
+
+
+DOWNLOAD = Errand("download", "read", AGAIN)
+
+
 class UnavailableError(UserError):
     """It may go well another time."""
 
@@ -27,7 +40,7 @@ class UnavailableError(UserError):
 
 
 @contextlib.contextmanager
-def named_errors(repo: str, revision: str | None) -> Iterator[None]:
+def named_errors(repo: str, revision: str | None, errand: Errand = DOWNLOAD) -> Iterator[None]:
     """What huggingface_hub raises as one line that says what to do."""
     from huggingface_hub import errors
 
@@ -51,32 +64,38 @@ def named_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repo}: has no revision {revision!r}; check it on the Hub") from None
-    except errors.LocalEntryNotFoundError as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise _refused(repo, error.__cause__) from None
+            raise _refused(repo, error.__cause__, errand) from None
         raise UnavailableError(
             f"{repo}: not all of it is in the cache, and the Hub cannot be reached "
             f"({one_line(error.__cause__ or error)})",
             "connect, or name a folder",
         ) from None
     except errors.HfHubHTTPError as error:
-        raise _refused(repo, error) from None
-    # RuntimeError is what hf_xet, which fetches large files, makes of a broken connection
+        raise _refused(repo, error, errand) from None
+    # RuntimeError is what hf_xet, which moves large files, makes of a broken connection, and
+    # huggingface_hub of whatever ends the upload of one
     except (HTTPError, OSError, RuntimeError) as error:
-        raise UnavailableError(f"{repo}: download failed ({one_line(error)})", AGAIN) from None
+        cause = error.__cause__ or error
+        # of what the storage answers only its words: the address is signed, like a password
+        said = _said(cause) if isinstance(cause, errors.HfHubHTTPError) else one_line(cause)
+        raise UnavailableError(f"{repo}: {errand.name} failed ({said})", errand.again) from None
 
 
-def _refused(repo: str, error: HfHubHTTPError) -> UserError:
-    status = error.response.status_code
-    said = one_line(error.server_message or error.response.reason_phrase)
-    what = f"{repo}: the Hub answers {status} ({said})"
+def _refused(repo: str, error: HfHubHTTPError, errand: Errand) -> UserError:
+    status, what = error.response.status_code, f"{repo}: {_said(error)}"
     if status in (401, 403):
-        return UserError(f"{what}; run 'hf auth login' with a token that may read it")
+        return UserError(f"{what}; run 'hf auth login' with a token that may {errand.right} it")
     if status == TOO_MANY:
-        return UnavailableError(
-            what, f"wait some minutes, or run 'hf auth login' to be let more; {AGAIN}"
-        )
-    return UnavailableError(what, AGAIN)
+        patience = "wait some minutes, or run 'hf auth login' to be let more"
+        return UnavailableError(what, f"{patience}; {errand.again}")
+    return UnavailableError(what, errand.again)
+
+
+def _said(error: HfHubHTTPError) -> str:
+    said = one_line(error.server_message or error.response.reason_phrase)
+    return f"the Hub answers {error.response.status_code} ({said})"
 
 
 def one_line(error: BaseException | str) -> str:

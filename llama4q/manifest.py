@@ -6,9 +6,10 @@ Knows nothing of tensors, nor of what a checkpoint must hold.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import check_inside, naming_errors, sha256
 from .errors import UserError
@@ -37,7 +38,23 @@ def manifest(folder: Path, known: Mapping[str, str] = {}) -> bytes:
             raise UserError(f"{path}: is no file, so no part of a checkpoint; move it elsewhere")
         digest = known[path.name] if path.name in known else sha256(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": digest}
-    return (json.dumps({"files": files}, indent=2, ensure_ascii=False) + "\n").encode()
+    return _to_json({"files": files})
+
+
+def extended(folder: Path, names: Iterable[str]) -> bytes | None:
+    """The manifest with those of these files in `folder` that it does not name; None without any.
+
+    Raises UserError when there is no manifest, or a file cannot be read.
+    """
+    entries = read_manifest(folder)
+    added = [name for name in names if name not in entries]
+    if not added:
+        return None
+    found = json.loads((folder / MANIFEST).read_bytes())
+    for name in added:
+        size = (folder / name).stat().st_size
+        found["files"][name] = {"size": size, "sha256": sha256(folder / name)}
+    return _to_json(found)
 
 
 def check_manifest(
@@ -86,6 +103,10 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     for name in entries:
         check_inside(name, path)
     return entries
+
+
+def _to_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _parts(folder: Path) -> Iterator[Path]:

@@ -100,14 +100,14 @@ class Hub:
     refuse_files: Refusal | None = None  # the listing is public, as of a gated repository
     refuse_commits: Refusal | None = None
     cuts: dict[str, list[int]] = field(default_factory=dict)  # file -> where answers break off
-    wrong: dict[str, int] = field(
-        default_factory=dict
-    )  # file -> how often it comes with a wrong byte
+    wrong: dict[str, int] = field(default_factory=dict)  # file -> how often it comes damaged
+    sizes: Mapping[str, int] = field(default_factory=dict)  # file -> what the listing says of it
     failing: float = 0.0  # the share of requests that are answered 429, 503, or broken off
     seed: int = 0  # of which ones
     most_uploads: int | None = None  # objects that are taken; further ones are refused
     lfs_from: int = 2**14  # bytes from which on a file is LFS's
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # what befell requests, at random
     uploads: list[str] = field(default_factory=list)  # SHA-256 of objects that arrived, in order
     address: str = ""
 
@@ -140,7 +140,8 @@ class Hub:
         with self.lock:
             if self._chance.random() >= self.failing:
                 return None
-            return self._chance.choice(("429", "503", "cut"))
+            self.failures.append(self._chance.choice(("429", "503", "cut")))
+            return self.failures[-1]
 
     def is_wrong(self, name: str) -> bool:
         """Whether this answer has a wrong byte; counts it."""
@@ -178,7 +179,8 @@ class Hub:
             {"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders
         ]
         for name, content in files.items():
-            entry = {"type": "file", "path": name, "size": len(content), "oid": git_hash(content)}
+            size = self.sizes.get(name, len(content))
+            entry = {"type": "file", "path": name, "size": size, "oid": git_hash(content)}
             if self.is_lfs(content):
                 pointer = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
                 entry["lfs"] = pointer
@@ -410,7 +412,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _write(self, path: str) -> None:
             if path == "/api/validate-yaml":  # for anybody
-                return self._send_json(*validate_yaml(json.loads(self.body)))
+                found, status = validate_yaml(json.loads(self.body))
+                if self.headers.get("Accept") == "text/plain":
+                    said = "\n".join(one["message"] for one in found["errors"])
+                    return self._send(said.encode(), status)
+                return self._send_json(found, status)
             self._check_token(path)
             lines = [json.loads(line) for line in self.body.splitlines()]
             model = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", path)
