@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from calibrate.data import CalibrationSet
     from calibrate.plan import Pace, Plan
-    from calibrate.run import Outcome
+    from calibrate.run import Job, Outcome
     from calibrate.work import Texts
     from evals.figures import Report
     from evals.model_card import Subject
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from llama4q.machine import Budget
     from llama4q.recipe import Calibration, Recipe
     from llama4q.source import Source
-    from llama4q.weights import LayerReader
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -105,6 +104,7 @@ def main() -> None:
     llama4q lm-eval --model llama4q ... lm-evaluation-harness on a streamed checkpoint
     llama4q check DEST/report.json      a verdict for CI: exit code 0 to 3
     llama4q verify DEST                 is it whole, unharmed and fit to be served
+    llama4q reproduce DEST              make it again: the same bytes?
     llama4q card DEST                   its model card
     llama4q push DEST REPO              publish it on the Hub, as its licence demands
 
@@ -280,28 +280,21 @@ def quantize(
     \b
     OMP_NUM_THREADS=16 torchrun --nproc-per-node 4 $(which llama4q) quantize SOURCE DEST
     """
-    from calibrate.coverage import coverage
-    from calibrate.data import calibration_tokens
-    from calibrate.kernel import description
     from calibrate.mix import parse_mix
     from calibrate.plan import check_memory, plan_for
     from calibrate.progress import Bar, Silence
-    from calibrate.run import DTYPES, Job, refuse_early
     from calibrate.run import quantize as run
+    from calibrate.run import refuse_early
     from evals.card import markdown
     from evals.evaluation import Evaluation
     from evals.html.page import page
     from evals.report import render
-    from llama4q import products
-    from llama4q.checkpoint import PartReader
     from llama4q.config import read_config
     from llama4q.device import use_device
     from llama4q.hub import POCKET, resolve, resolve_remote
-    from llama4q.inspect import component_bytes
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
-    from llama4q.weights import LayerReader
 
     ranks = join()
     if stream and ranks.count > 1:
@@ -339,11 +332,7 @@ def quantize(
         lengths = [portion.length or settings.length for portion in mix]
         refuse_early(original.folder, folder, chosen, config, lengths)
         tokenizer = load_tokenizer(original.folder)
-        drawn = calibration_tokens(
-            mix, tokenizer,
-            samples=settings.samples * settings.candidates, length=settings.length,
-            seed=settings.seed,
-        )  # fmt: skip
+        drawn = _drawn(settings, tokenizer)
         questions = _questions(tokenizer, config, **measured_on)
         texts = _texts(drawn, questions)
         plan = plan_for(original.checkpoint(), config, chosen, texts, ranks.count)
@@ -360,44 +349,11 @@ def quantize(
     if stream and ranks.first:
         _tell(_streaming(original, config))
     keep_freed_memory()
-    reader = LayerReader(original.checkpoint(where), config, DTYPES[dtype])
-    drawn = ranks.from_first(lambda: _chosen(drawn, settings, reader))
-    job = Job(original, folder, chosen, drawn.tokens, drawn.digest, DTYPES[dtype], where)
+    drawn = ranks.from_first(lambda: _chosen(drawn, settings, original, dtype, where))
+    job = _job(original, folder, chosen, drawn, dtype, where)
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
-        return {
-            **_provenance(original, config),
-            "quantized": {
-                "name": str(folder),
-                "bytes": outcome.quantized_bytes,
-                "components": component_bytes(
-                    config, PartReader(folder, list(outcome.files)).infos
-                ),
-            },
-            "recipe": chosen.to_json(),
-            "calibration": {
-                "source": settings.text,
-                "samples": settings.samples,
-                "length": settings.length,
-                "seed": settings.seed,
-                "candidates": settings.candidates,
-                "tokens": sum(batch.numel() for batch in drawn.tokens),
-                "digest": drawn.digest,
-                "mix": [part.to_json() for part in drawn.drawn],
-                "coverage": coverage(chosen, config, outcome.layers),
-            },
-            "kernel": description(chosen.solver.beams, where),
-            "products": products.description(where),
-            "dtype": dtype,
-            "units": UNITS,
-            "layers": outcome.layers,
-            "rescues": outcome.rescues,
-            "evidence": outcome.evidence,
-            "fit": _fit(config, gpu)(outcome.quantized_bytes),
-            "verified": outcome.checked,
-            "files": outcome.files,
-            "seconds": {"total": outcome.seconds},
-        }
+        return _run_report(job, drawn, config, gpu, outcome)
 
     def pages(report: Mapping[str, Any]) -> dict[str, bytes]:
         return {"report.html": page(report).encode(), "evaluation.md": markdown(report).encode()}
@@ -440,14 +396,15 @@ def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
     from calibrate.work import Texts
     from evals import retrieval
 
-    def shapes(batches: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
-        return tuple((batch.shape[0], batch.shape[1]) for batch in batches)
-
     return Texts(
-        shapes(drawn.tokens),
-        shapes([questions.windows]),
-        shapes(retrieval.batches(questions.prompts)),
+        _shapes(drawn.tokens),
+        _shapes([questions.windows]),
+        _shapes(retrieval.batches(questions.prompts)),
     )
+
+
+def _shapes(batches: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((batch.shape[0], batch.shape[1]) for batch in batches)
 
 
 def _pace(
@@ -489,22 +446,105 @@ def _told_what_stands(folder: Path, layers: int) -> Iterator[None]:
         raise
 
 
-def _chosen(drawn: CalibrationSet, settings: Calibration, reader: LayerReader) -> CalibrationSet:
+def _drawn(settings: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationSet:
+    """Calibration tokens as named, candidates among them."""
+    from calibrate.data import calibration_tokens
+    from calibrate.mix import parse_mix
+
+    return calibration_tokens(
+        parse_mix(settings.text), tokenizer,
+        samples=settings.samples * settings.candidates, length=settings.length, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _job(
+    source: Source,
+    folder: Path,
+    recipe: Recipe,
+    drawn: CalibrationSet,
+    dtype: str,
+    device: torch.device,
+) -> Job:
+    """What a run depends on."""
+    from calibrate.run import DTYPES, Job
+
+    return Job(source, folder, recipe, drawn.tokens, drawn.digest, DTYPES[dtype], device)
+
+
+def _run_report(
+    job: Job, drawn: CalibrationSet, config: ModelConfig, gpu: str, outcome: Outcome
+) -> dict[str, Any]:
+    """The report of a finished run."""
+    from calibrate.coverage import coverage
+    from calibrate.kernel import description
+    from llama4q import products
+    from llama4q.checkpoint import PartReader
+    from llama4q.inspect import component_bytes
+    from llama4q.machine import properties
+
+    settings = job.recipe.calibration
+    written = PartReader(job.destination, list(outcome.files))
+    return {
+        **_provenance(job.source, config),
+        "quantized": {
+            "name": str(job.destination),
+            "bytes": outcome.quantized_bytes,
+            "components": component_bytes(config, written.infos),
+        },
+        "recipe": job.recipe.to_json(),
+        "calibration": {
+            "source": settings.text,
+            "samples": settings.samples,
+            "length": settings.length,
+            "seed": settings.seed,
+            "candidates": settings.candidates,
+            "tokens": sum(batch.numel() for batch in drawn.tokens),
+            "digest": drawn.digest,
+            "mix": [part.to_json() for part in drawn.drawn],
+            "coverage": coverage(job.recipe, config, outcome.layers),
+        },
+        "machine": properties(job.device),
+        "kernel": description(job.recipe.solver.beams, job.device),
+        "products": products.description(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "units": UNITS,
+        "layers": outcome.layers,
+        "rescues": outcome.rescues,
+        "evidence": outcome.evidence,
+        "fit": _fit(config, gpu)(outcome.quantized_bytes),
+        "verified": outcome.checked,
+        "files": outcome.files,
+        "seconds": {"total": outcome.seconds},
+    }
+
+
+def _chosen(
+    drawn: CalibrationSet,
+    settings: Calibration,
+    source: Source,
+    dtype: str,
+    device: torch.device,
+) -> CalibrationSet:
     """The sequences that cover the experts best, where more were drawn than are wanted."""
-    if settings.candidates == 1 or not reader.config.moe_layers:
+    from llama4q.config import read_config
+
+    config = read_config(source.folder)
+    if settings.candidates == 1 or not config.moe_layers:
         return drawn
     from tqdm import tqdm
 
     from calibrate.choose import best_covering, expert_counts
     from calibrate.data import kept
+    from calibrate.run import DTYPES
+    from llama4q.weights import LayerReader
 
     if len(drawn.drawn) > 1:
         raise UserError(
             f"--candidates {settings.candidates} with a mix of {len(drawn.drawn)} texts would "
             f"change their shares; name one text, or leave out --candidates"
         )
-    layers = reader.config.num_layers
-    with tqdm(total=layers, desc="choosing calibration text", unit="layer") as bar:
+    reader = LayerReader(source.checkpoint(device), config, DTYPES[dtype])
+    with tqdm(total=config.num_layers, desc="choosing calibration text", unit="layer") as bar:
 
         def layer_done() -> None:
             bar.update()
@@ -795,6 +835,75 @@ def verify(checkpoint: str, against: str | None, as_json: bool) -> None:
     for one in checked:
         click.echo(f"{one.what:15}{one.count:8,}  {one.how}")
     click.echo("OK")
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option(
+    "--source", metavar="SOURCE",
+    help="Where the original is now, when it has moved.  [default: as recorded]",
+)  # fmt: skip
+@click.option(
+    "--into", metavar="FOLDER", type=click.Path(path_type=Path),
+    help="Where to make it again.  [default: CHECKPOINT's name and -again, in this folder]",
+)  # fmt: skip
+@click.option(
+    "--memory", metavar="HOST[,GPU]",
+    help="What the run may use of this machine, as in quantize.  [default: nine tenths of what is "
+    "free]",
+)  # fmt: skip
+@click.option("--device", metavar="NAME", help="Where to compute.  [default: as recorded]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def reproduce(
+    checkpoint: str,
+    source: str | None,
+    into: Path | None,
+    memory: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Quantize again as the report of CHECKPOINT says, and compare the results.
+
+    The same machine type and versions give the same bytes: exit code 0. Otherwise the weights that
+    differ are named, with the largest difference and what is not as it was: exit code 1. Nothing
+    is measured on the way. A run that was stopped goes on when the command is repeated.
+    """
+    import torch
+
+    from calibrate.plan import check_memory, plan_for
+    from calibrate.progress import Bar
+    from calibrate.reproduce import Unobserved, check_tokens_alike, recorded, render, result
+    from calibrate.run import quantize as run
+    from calibrate.work import Texts
+    from llama4q.config import read_config
+    from llama4q.device import use_device
+    from llama4q.hub import resolve
+    from llama4q.machine import keep_freed_memory
+    from llama4q.text import load_tokenizer
+
+    finished = resolve(checkpoint, _tell)
+    before = recorded(finished.checkpoint())
+    where = use_device(device or before.device)
+    torch.set_num_threads(before.threads)
+    original = resolve(source or before.source, _tell)
+    config, recipe = read_config(original.folder), before.recipe
+    folder = into or Path(f"{finished.folder.absolute().name}-again")
+    drawn = _drawn(recipe.calibration, load_tokenizer(original.folder))
+    plan = plan_for(original.checkpoint(), config, recipe, Texts(_shapes(drawn.tokens)))
+    held = check_memory(plan, _budget(memory, where, ALONE), memory is not None)
+    keep_freed_memory()
+    drawn = _chosen(drawn, recipe.calibration, original, before.dtype, where)
+    check_tokens_alike(before, drawn.digest)
+    job = _job(original, folder, recipe, drawn, before.dtype, where)
+
+    def report(outcome: Outcome) -> Mapping[str, Any]:
+        return _run_report(job, drawn, config, before.report["fit"]["device"], outcome)
+
+    with Bar(plan.expected()) as bar, _told_what_stands(folder, config.num_layers):
+        again = run(job, Unobserved(), bar, report, held)
+    found = result(finished.checkpoint(), before, job, again)
+    click.echo(_json(found.to_json()) if as_json else render(found))
+    sys.exit(0 if found.same else 1)
 
 
 @main.command()

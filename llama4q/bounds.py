@@ -11,7 +11,7 @@ has about 0, a wrong scale its factor. It is measured against 1 with what plain 
 this weight, `e` = |rounded - source| / |source|, as the unit, which makes one rule for all schemes:
 
     whole weight  |gain - 1| <= 0.5 e + 0.05        found at most 0.16 e + 0.012
-    one output    |gain - 1| <= 2 e + 0.3           found at most 0.18 (INT4), 0.44 (INT3)
+    one output    |gain - 1| <= 2 e + 0.3           found at most 1.8 e
 
 Found on all shipped recipes of the pocket model, 4,096 to 262,144 calibration tokens, and on random
 models with 192. The summands are for fine schemes, which correct what coarse ones have damaged.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -195,6 +197,28 @@ class Rates:
     copy: float  # bytes read plus bytes written
     read: float  # from disk
     write: float  # to disk
+
+
+def properties(device: torch.device) -> dict[str, Any]:
+    """What the bytes of a result may depend on beside versions: sums are rounded in an order that
+    processors and numbers of threads differ in."""
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "processor": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    """Its name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def measure_rates(shard: Path | None, folder: Path, device: torch.device = HOST) -> Rates:

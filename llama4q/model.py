@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from .config import ModelConfig
 
@@ -250,6 +249,8 @@ def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
 def _last_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Queries `[S, H, n, head_dim]` of the last positions that keys and values
     `[S, KV, T, head_dim]` have -> `[S, n, H * head_dim]`."""
+    from torch.nn.attention.bias import causal_lower_right  # which imports TorchDynamo: seconds
+
     seen = causal_lower_right(q.shape[2], k.shape[2])
     with _fused(q.device):
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)

@@ -101,7 +101,7 @@ class LayerReader:
         gate = self.linear(f"{prefix}.{GATE}", width, size)
         up = self.linear(f"{prefix}.{UP}", width, size)
         return Mlp(
-            Linear(torch.cat((gate.weight, up.weight), dim=1), gate.quantize_input),
+            Linear(self._beside(gate.weight, up.weight), gate.quantize_input),
             self.linear(f"{prefix}.{DOWN}", size, width),
         )
 
@@ -154,6 +154,9 @@ class LayerReader:
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         check_finite(name, tensor)
         return tensor.to(self.dtype)
+
+    def _beside(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.cat((gate, up), dim=1)
 
 
 class Experts(Sequence[Mlp]):
@@ -210,11 +213,18 @@ class _Headers(Checkpoint):
 
 
 class _LayoutReader(LayerReader):
-    """Reads headers alone, so there is no value to check or cast."""
+    """Reads headers of an original alone, so there is nothing to decode, check or cast."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        self.checkpoint, self.config = checkpoint, config
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         del name
         return tensor
+
+    def _beside(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        del up
+        return gate  # on the meta device `cat` would import TorchDynamo: seconds
 
 
 def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:
@@ -224,7 +234,7 @@ def check_layout(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:
     Reads headers only, so that hours of work are not lost to the last layer's.
     """
     headers = _Headers(checkpoint)
-    reader = _LayoutReader(headers, config, torch.bfloat16)
+    reader = _LayoutReader(headers, config)
     reader.embedding()
     reader.head()
     for index in range(config.num_layers):

@@ -90,7 +90,8 @@ def test_help(name: str | None) -> None:
 
 def test_the_program_names_every_command() -> None:
     assert set(cli.main.commands) == {
-        "inspect", "pull", "quantize", "fit", "eval", "lm-eval", "check", "verify", "card", "push",
+        "inspect", "pull", "quantize", "fit", "eval", "lm-eval", "check", "verify", "reproduce",
+        "card", "push",
     }  # fmt: skip
     shown = ran("--help").stdout
     for name in cli.main.commands:
