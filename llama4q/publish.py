@@ -101,10 +101,9 @@ def sent(files: Mapping[str, str]) -> list[str]:
 def publish(order: Order, files: Mapping[str, str], card: str, tell: Callable[[str], None]) -> str:
     """Send `files` (their SHA-256 by name), the manifest and the card; returns the address.
 
-    The card is written beside them first, where there is none. What fails because the Hub is
-    unavailable is tried again, which `tell` hears of; but a pull request is asked for once, or
-    there might be two. Raises UserError, with nothing changed at the Hub, for whatever ends the
-    upload.
+    The card is written beside them first, where there is none. Until the upload begins, what an
+    unavailable Hub refused is tried again, which `tell` hears of. Raises UserError, with nothing
+    changed at the Hub, for whatever ends the upload.
     """
     from huggingface_hub import HfApi
 
@@ -126,7 +125,6 @@ def publish(order: Order, files: Mapping[str, str], card: str, tell: Callable[[s
         if order.revision is not None and not order.revision.startswith("refs/"):
             branch = order.revision
             hold(lambda: api.create_branch(order.repo, branch=branch, exist_ok=True))
-        return hold(lambda: _commit(api, order, files))
     with named_errors(order.repo, order.revision, UPLOAD):
         return _commit(api, order, files)
 

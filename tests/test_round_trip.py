@@ -18,9 +18,10 @@ from llama4q.manifest import check_manifest
 
 from .hub_home import COMMAND_LINE, Home
 from .hub_server import OWNER, REPO, TOKEN, Hub
+from .test_push import PUSH
 
 SHARDS = 8
-ATTEMPTS = 12
+ATTEMPTS = 30
 MINE = f"{OWNER}/pocket-int4"
 SMALL_RUN = (
     "--samples", "8", "--length", "256", "--eval-windows", "2", "--eval-length", "256",
@@ -52,11 +53,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def until_it_goes_well(home: Home, *command: str) -> str:
     """What the command printed when it did; every failure before is one line, or the last test."""
     for _ in range(ATTEMPTS):
-        done = home.run(COMMAND_LINE, *command, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+        done = home.run(PUSH, *command, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
         if done.returncode == 0:
             return done.stdout
         assert "Traceback" not in done.stderr, done.stderr
-        assert done.stderr.splitlines()[-1].startswith("Error: "), done.stderr
+        assert "\nError: " in f"\n{done.stderr}", done.stderr
     raise AssertionError(f"{command} fails {ATTEMPTS} times: {done.stderr}")
 
 
