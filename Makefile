@@ -22,15 +22,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The whole job on the pocket Llama 4: what it is, quantize it with its evidence, does it fit, verdict.
+# The whole job on the pocket Llama 4: what it is, quantize it with its evidence, does it fit, is it
+# whole, verdict.
 demo: $(READY)
 	rm -rf demo-out
 	$(BIN)/llama4q inspect pocket
 	$(BIN)/llama4q quantize pocket demo-out/pocket-int4 --recipe int4 --length 1024 \
 		--eval-windows 32 --eval-length 1024 --lengths 512,1024,2048 --prompts 4
 	$(BIN)/llama4q fit demo-out/pocket-int4 --gpu h100-80gb
-	$(BIN)/llama4q check demo-out/pocket-int4/report.json --html demo-out/pocket-int4/report.html
-	@echo "Look at demo-out/pocket-int4/report.html"
+	$(BIN)/llama4q verify demo-out/pocket-int4 --against pocket
+	$(BIN)/llama4q check demo-out/pocket-int4/report.json --html demo-out/report.html
+	@echo "Look at demo-out/report.html"
 
 clean:
 	rm -rf .venv demo-out dist .mypy_cache .ruff_cache .pytest_cache
