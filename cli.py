@@ -344,6 +344,8 @@ def quantize(
         if ranks.first:
             pace = _pace(original, folder, chosen, dtype, where)
             click.echo("\n".join(plan.lines(budget, pace)))
+            if stream:
+                click.echo(_streaming(original, config))
         return
     held = check_memory(plan, budget, memory is not None)
     if stream and ranks.first:
