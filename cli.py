@@ -742,7 +742,7 @@ def fit(
     1 when it does not.
 
     \b
-    llama4q fit scout-int4 --gpu h100-80gb --context 65536
+    llama4q fit scout-int4 --gpu h100-80gb --context 16384
     llama4q fit meta-llama/Llama-4-Scout-17B-16E-Instruct --recipe int4 --concurrency 4 --kv fp8
     """
     from llama4q.fit import answer, opened, stored_kv_dtype

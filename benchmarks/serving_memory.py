@@ -4,8 +4,8 @@
     python -m benchmarks.serving_memory [--cases 200] [--engines .engines]
 
 Blocks of the KV cache: random configurations, and the published Scout on 80 GB at 131,072 tokens.
-Weights: Scout and Maverick as published, plain and by shipped recipes, on 1, 2, 4 and 8 cards. All
-must be equal, else the exit code is 1.
+Weights: Scout and Maverick as published, plain and by shipped recipes, on 1, 2, 4 and 8 cards, and
+with a rotary table cut by --hf-overrides. All must be equal, else the exit code is 1.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from llama4q.shards import sharded
 HERE = Path(__file__).parent
 RECIPES = (None, "int4", "int4-g64", "int4-g32", "int4-fp8", "mixed", "fp8", "int8")
 CARDS = (1, 2, 4, 8)
+SHORT_TABLE = 131072  # positions, by --hf-overrides
 # of the vision towers, as published
 VISION = {
     "model_type": "llama4_vision_model", "hidden_size": 1408, "num_hidden_layers": 34,
@@ -155,10 +156,11 @@ def real_models(folder: Path) -> Iterator[Case]:
             here = folder / f"{model}-{name}"
             here.mkdir()
             (here / "config.json").write_text(json.dumps(written))
-            weights, table = sharded(config, held), position_bytes(config, Serving(1))
-            for cards in CARDS:
+            weights = sharded(config, held)
+            for cards, positions in [*((cards, None) for cards in CARDS), (1, SHORT_TABLE)]:
+                table = position_bytes(config, Serving(1, positions=positions))
                 ours = {"weights": weights.on(cards), "positions": table}
-                yield {"folder": str(here), "cards": cards}, ours
+                yield {"folder": str(here), "cards": cards, "positions": positions}, ours
 
 
 def config_json(model: str) -> dict[str, Any]:

@@ -95,10 +95,10 @@ def blocks(case: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def weights(number: int, folder: str, cards: int) -> dict[str, int]:
+def weights(number: int, folder: str, cards: int, positions: int | None) -> dict[str, int]:
     """Bytes of the parameters on one of `cards`, and of the text model's rotary table.
 
-    `folder` holds a config.json, no tensor."""
+    `folder` holds a config.json, no tensor; `positions` goes to `--hf-overrides`."""
     import torch
     import vllm_reference
     from vllm.config import set_current_vllm_config
@@ -115,6 +115,7 @@ def weights(number: int, folder: str, cards: int) -> dict[str, int]:
     config = EngineArgs(
         model=folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True,
         max_model_len=1024, load_format="dummy",
+        hf_overrides={"text_config": {"max_position_embeddings": positions}} if positions else {},
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config):
         if number == 0:
