@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from evals.figures import Report
     from evals.model_card import Subject
     from evals.questions import Questions
+    from llama4q.checkpoint import TensorInfo
     from llama4q.config import ModelConfig
     from llama4q.hidden import Spool
     from llama4q.machine import Budget
@@ -291,6 +292,7 @@ def quantize(
     from evals.report import render
     from llama4q.config import read_config
     from llama4q.device import use_device
+    from llama4q.gpus import find_device
     from llama4q.hub import POCKET, resolve, resolve_remote
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
@@ -321,14 +323,14 @@ def quantize(
             text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
             method=method,
         )  # fmt: skip
-        check_schemes(chosen)  # before anything is downloaded
+        find_device(gpu)
+        check_schemes(chosen)  # both before anything is downloaded
         settings = chosen.calibration
         mix = parse_mix(settings.text)
         name = source or POCKET
         original = resolve_remote(name) if stream or only_plan else resolve(name, _tell)
         config = read_config(original.folder)
         folder = destination or Path(f"{Path(original.name).name}-{chosen.name}")
-        _fit(config, gpu)  # refuses a GPU that nobody knows
         lengths = [portion.length or settings.length for portion in mix]
         refuse_early(original.folder, folder, chosen, config, lengths)
         tokenizer = load_tokenizer(original.folder)
@@ -513,7 +515,7 @@ def _run_report(
         "layers": outcome.layers,
         "rescues": outcome.rescues,
         "evidence": outcome.evidence,
-        "fit": _fit(config, gpu)(outcome.quantized_bytes),
+        "fit": _fit(config, written.infos, gpu),
         "verified": outcome.checked,
         "files": outcome.files,
         "seconds": {"total": outcome.seconds},
@@ -704,33 +706,61 @@ def _spool(
 
 @main.command()
 @click.argument("checkpoint")
+@click.option(
+    "--recipe", "-r", metavar="NAME|FILE",
+    help="CHECKPOINT is an original: plan what this recipe would make of it.",
+)  # fmt: skip
 @click.option("--gpu", default=GPU, show_default=True, help="A known device.")
 @click.option("--gpu-memory", metavar="SIZE", help="Of any other device, as 80GB or 80GiB.")
-@click.option("--context", default=8192, show_default=True, help="Tokens of one request.")
 @click.option(
-    "--kv", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True,
-    help="How the engine stores keys and values.",
+    "--gpus", "cards", default=1, show_default=True, help="How many of them, tensor parallel."
+)
+@click.option("--context", default=8192, show_default=True, help="Tokens of one request.")
+@click.option("--concurrency", default=1, show_default=True, help="Such requests at once.")
+@click.option(
+    "--kv", type=click.Choice(["bf16", "fp8"]),
+    help="How the engine stores keys and values.  [default: as the checkpoint says, else bf16]",
 )  # fmt: skip
+@click.option("--batched-tokens", type=int, help="Of one step.  [default: vLLM's on that device]")
+@click.option("--utilization", type=float, help="Share of the device's memory.  [default: 0.92]")
+@click.option("--positions", type=int, help="Of the rotary table.  [default: the model's own]")
+@click.option("--block-size", "block_tokens", type=int, help="Tokens of a block.  [default: 16]")
+@click.option("--no-hybrid", is_flag=True, help="Chunked layers keep all tokens, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(
-    checkpoint: str, gpu: str, gpu_memory: str | None, context: int, kv: str, as_json: bool
+    checkpoint: str,
+    recipe: str | None,
+    gpu: str,
+    gpu_memory: str | None,
+    kv: str | None,
+    no_hybrid: bool,
+    as_json: bool,
+    **engine: Any,
 ) -> None:
-    """Say whether CHECKPOINT fits one GPU at a context, and the largest one that does.
+    """Say whether CHECKPOINT fits GPUs at a context, the largest one that does, and how to serve.
 
-    Weights are counted from the files, the KV cache as vLLM lays it out. Exit code 0 when it fits,
+    Weights are counted from the files as vLLM holds them, or predicted with --recipe; the KV cache
+    is laid out as by vLLM. Where it does not fit, it says what would do. Exit code 0 when it fits,
     1 when it does not.
-    """
-    from llama4q.config import read_config
-    from llama4q.hub import resolve_remote
-    from llama4q.memory import Device, KVDtype, Serving, find_device, make_plan, memory_bytes
-    from llama4q.memory_table import render_plan
 
-    found = resolve_remote(checkpoint)
+    \b
+    llama4q fit scout-int4 --gpu h100-80gb --context 16384
+    llama4q fit meta-llama/Llama-4-Scout-17B-16E-Instruct --recipe int4 --concurrency 4 --kv fp8
+    """
+    from llama4q.fit import answer, opened, stored_kv_dtype
+    from llama4q.gpus import Device, find_device, memory_bytes
+    from llama4q.kv_cache import KVDtype
+    from llama4q.memory import Serving
+
     device = Device(gpu_memory, memory_bytes(gpu_memory)) if gpu_memory else find_device(gpu)
-    serving = Serving(context, KVDtype(kv))
-    plan = make_plan(read_config(found.folder), _nbytes(found), device, serving)
-    click.echo(_json(plan.to_json()) if as_json else render_plan(plan))
-    sys.exit(0 if plan.fits else 1)
+    source = opened(checkpoint)
+    named = {key: value for key, value in engine.items() if value is not None}
+    kv_dtype = KVDtype(kv) if kv else stored_kv_dtype(source)
+    found = answer(
+        source, recipe, device, Serving(kv_dtype=kv_dtype, hybrid=not no_hybrid, **named)
+    )
+    click.echo(_json(found.to_json()) if as_json else found.render())
+    sys.exit(0 if found.plan.fits else 1)
 
 
 def _show_policy(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -1054,27 +1084,26 @@ def _questions(
     )  # fmt: skip
 
 
-def _fit(config: ModelConfig, gpu: str) -> Callable[[int], dict[str, Any]]:
-    """The report's fit line for weights of so many bytes."""
-    from llama4q.memory import Serving, find_device, make_plan
+def _fit(config: ModelConfig, tensors: Mapping[str, TensorInfo], gpu: str) -> dict[str, Any]:
+    """The report's fit line for a checkpoint of these tensors."""
+    from llama4q.gpus import find_device
+    from llama4q.memory import Serving, make_plan
+    from llama4q.shards import sharded
 
     device = find_device(gpu)
     serving = Serving(min(FIT_CONTEXT, config.max_positions))
-
-    def fit_line(weight_bytes: int) -> dict[str, Any]:
-        plan = make_plan(config, weight_bytes, device, serving)
-        return {
-            "device": device.name,
-            "context": serving.context,
-            "fits": plan.fits,
-            "largest_context": plan.largest_context,
-            "total_bytes": plan.total_bytes,
-            "usable_bytes": plan.usable_bytes,
-            "kv_bytes": plan.kv_bytes,
-            "reserved_bytes": plan.workspace_bytes + plan.overhead_bytes,
-        }
-
-    return fit_line
+    plan = make_plan(config, sharded(config, tensors), device, serving)
+    return {
+        "device": device.name,
+        "context": serving.context,
+        "fits": plan.fits,
+        "largest_context": plan.largest_context,
+        "total_bytes": plan.total_bytes,
+        "usable_bytes": plan.usable_bytes,
+        "weight_bytes": plan.weight_bytes,
+        "kv_bytes": plan.kv_bytes,
+        "reserved_bytes": plan.position_bytes + plan.workspace_bytes + plan.overhead_bytes,
+    }
 
 
 def _provenance(source: Source, config: ModelConfig) -> dict[str, Any]:

@@ -24,13 +24,13 @@ import click
 import torch
 
 from benchmarks.make_giant import giant_config, shapes_of
-from llama4q.checkpoint import PartReader, TensorInfo
+from llama4q.checkpoint import TensorInfo
 from llama4q.config import ModelConfig, parse_config
 from llama4q.custody import REPORT
 from llama4q.export import quantization_config, side_files
+from llama4q.gpus import memory_bytes
 from llama4q.hub import POCKET_MODEL
 from llama4q.manifest import MANIFEST
-from llama4q.memory import memory_bytes
 from llama4q.recipe import load_recipe
 from llama4q.verify import converted_tensors, kept_tensors
 from llama4q.weights import layer_of
@@ -51,12 +51,11 @@ for path in pathlib.Path(sys.argv[1]).iterdir():
 def kept(layers: int) -> dict[str, TensorInfo]:
     """The tensors of a model of so many layers that INT4 leaves alone."""
     raw = giant_config(MODEL, layers, vocab=VOCABULARY)
-    headers = PartReader(POCKET_MODEL, [])
-    headers.infos = {
+    infos = {
         name: TensorInfo("", shape, torch.bfloat16, start=0)
         for name, shape in shapes_of(raw).items()
     }
-    return kept_tensors(headers, parse_config(raw, MODEL), RECIPE)
+    return kept_tensors(infos, parse_config(raw, MODEL), RECIPE)
 
 
 def expected(layers: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -29,6 +29,7 @@ from llama4q.export import config_with, quantization_config, quantized_already, 
 from llama4q.hidden import Spool
 from llama4q.machine import UNBOUNDED, Memory, give_back_memory
 from llama4q.model import DecoderLayer
+from llama4q.predict import predicted_tensors
 from llama4q.prefetch import prefetched
 from llama4q.ranks import ALONE, Ranks
 from llama4q.recipe import Method, Recipe, check_recipe, planned
@@ -37,7 +38,6 @@ from llama4q.stream import LayerObserver, check_tokens, embed
 from llama4q.verify import (
     Untouched,
     bits,
-    converted_tensors,
     kept_tensors,
     verify,
     verify_files,
@@ -253,7 +253,7 @@ class Run:
 
     def kept(self, index: int | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a layer (None: of no layer) that are copied bit for bit."""
-        for name in kept_tensors(self.source, self.config, self.job.recipe):
+        for name in kept_tensors(self.source.infos, self.config, self.job.recipe):
             if layer_of(self.config, name) == index:
                 tensor = self.source.get(name)
                 check_finite(name, tensor)
@@ -292,7 +292,7 @@ class Run:
         self.progress.phase("verifying what was written")
         written, files = writer.assemble(self.units)
         verify_files(self.job.destination, files)
-        kept = kept_tensors(self.source, self.config, self.job.recipe)
+        kept = kept_tensors(self.source.infos, self.config, self.job.recipe)
         checked = verify(written, kept, self.config, self.job.recipe)
         checked["untouched"] = self._compared(writer, kept)
         records = [self._layer_record(writer, index) for index in range(self.config.num_layers)]
@@ -409,12 +409,8 @@ def reading_order(config: ModelConfig, names: Iterable[str]) -> list[set[str]]:
 
 def predicted_bytes(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:
     """Bytes of the result's tensors, known before any tensor is read."""
-    kept = sum(info.nbytes for info in kept_tensors(source, config, recipe).values())
-    converted = sum(
-        dtype.itemsize * torch.Size(shape).numel()
-        for dtype, shape in converted_tensors(config, recipe).values()
-    )
-    return kept + converted
+    tensors = predicted_tensors(source.infos, config, recipe)
+    return sum(info.nbytes for info in tensors.values())
 
 
 def groups_in(config: ModelConfig, recipe: Recipe) -> int:

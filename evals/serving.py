@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama4q.memory import CARDS
-
 from .figures import Report
 from .wording import count, part
 
 NO_ENGINE = ("int3",)  # has a kernel for them
 NOT_SGLANG = ("int4-g64", "int8")  # its Triton path takes groups of 32 and 128
 BITSANDBYTES = ("bnb-nf4", "bnb-int8")
+CARDS = (1, 2, 4, 8)  # that the heads of Scout and Maverick can be divided among
 LEAST = 4096  # tokens of context, below which a card is of no use
 
 

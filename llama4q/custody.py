@@ -177,7 +177,7 @@ def _against(
         if not path.is_file() or path.read_bytes() != content:
             raise UserError(f"{path}: is not what {folder} gives; is that the source?")
     yield Checked("source's files", len(copied) + 1, "the same, config.json with one key more")
-    kept = kept_tensors(source, config, recipe)
+    kept = kept_tensors(source.infos, config, recipe)
     for name in kept:
         if bits(written.get(name)) != bits(source.get(name)):
             raise UserError(f"{written.folder}: {name} differs from {folder}; is that the source?")

@@ -155,6 +155,32 @@ def quantized_already(folder: Path) -> str | None:
     return str(found.get("quant_method", "an unnamed method")) if found else None
 
 
+def refuse_other_tools(folder: Path) -> None:
+    """Raises UserError for a checkpoint in a format that llama4q does not read: neither plain nor
+    compressed-tensors nor bitsandbytes."""
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: is GGUF, for llama.cpp; {NAME_ANOTHER}")
+    method = quantized_already(folder)
+    if method is None and (folder / "hf_quant_config.json").exists():
+        method = "modelopt"
+    if method == "modelopt":
+        raise UserError(f"{folder}: is quantized by NVIDIA ModelOpt; {NAME_ANOTHER}")
+    if method not in (None, *_METHODS):
+        raise UserError(f"{folder}: is quantized with {method}; {NAME_ANOTHER}")
+
+
+_METHODS = ("compressed-tensors", "bitsandbytes")
+NAME_ANOTHER = (
+    "name a plain checkpoint, or compressed-tensors as llama4q and llm-compressor write it"
+)
+
+
+def has_float8_cache(folder: Path) -> bool:
+    """Whether vLLM keeps keys and values in FP8 without being asked."""
+    found = read_config_json(folder).get("quantization_config") or {}
+    return bool(found.get("kv_cache_scheme"))
+
+
 def side_files(source: Path) -> dict[str, bytes]:
     """Tokenizer, processor, chat template, generation config, licence: copied as they are.
 

@@ -22,7 +22,7 @@ import torch
 
 from .device import HOST
 from .errors import UserError
-from .memory import memory_bytes
+from .gpus import memory_bytes
 from .products import add_product
 
 SECONDS = 0.1  # each rate is measured for about so long

@@ -124,8 +124,10 @@ def _stored(name: str, inputs: int, outputs: int, scheme: Scheme) -> Expected:
     }
 
 
-def kept_tensors(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> dict[str, TensorInfo]:
-    """The source's tensors that are copied bit for bit."""
+def kept_tensors(
+    infos: Mapping[str, TensorInfo], config: ModelConfig, recipe: Recipe
+) -> dict[str, TensorInfo]:
+    """Those of the source's tensors that are copied bit for bit."""
     replaced = set()
     for index in range(config.num_layers):
         for linear, scheme in planned(recipe, config, index):
@@ -133,7 +135,7 @@ def kept_tensors(source: Checkpoint, config: ModelConfig, recipe: Recipe) -> dic
                 replaced.add(f"{linear.name}.weight")
     return {
         name: info
-        for name, info in source.infos.items()
+        for name, info in infos.items()
         if name not in replaced and not _fused(config, name)
     }
 

@@ -104,6 +104,7 @@ def quantized(
             "device": "h100-80gb", "context": 131072, "fits": True, "largest_context": 262144,
             "total_bytes": report["quantized"]["bytes"] + 5_100_000_000 + 5_368_709_120,
             "usable_bytes": 78_138_340_016,
+            "weight_bytes": report["quantized"]["bytes"],
             "kv_bytes": 5_100_000_000, "reserved_bytes": 5_368_709_120,
         },
         "verified": {"tensors": 2749, "scales": 2304, "untouched": 301},

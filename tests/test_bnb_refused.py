@@ -157,7 +157,9 @@ def test_damage_is_named(
     def checked() -> dict[str, int]:
         save_file(tensors, str(tmp_path / "all.safetensors"))
         written = PartReader(tmp_path, ["all.safetensors"])
-        return verify(written, kept_tensors(Checkpoint(source), config, chosen), config, chosen)
+        return verify(
+            written, kept_tensors(Checkpoint(source).infos, config, chosen), config, chosen
+        )
 
     assert checked()["scales"] == 4 * 3 * 5  # layers, projections, experts and the shared one
     damage(tensors)

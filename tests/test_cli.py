@@ -143,7 +143,8 @@ def test_quantize_reports(source: Path, output: Path, report: dict[str, Any]) ->
     for side in ("source", "quantized"):
         assert sum(report[side]["components"].values()) == report[side]["bytes"]
     fit = report["fit"]
-    held = report["quantized"]["bytes"] + fit["kv_bytes"] + fit["reserved_bytes"]
+    assert fit["weight_bytes"] == parsed("fit", output, "--context", "4096")["weight_bytes"]
+    held = fit["weight_bytes"] + fit["kv_bytes"] + fit["reserved_bytes"]
     assert held == fit["total_bytes"]
     assert (output / "report.html").read_text() == page(report)
     assert (output / "evaluation.md").read_text() == markdown(report)

@@ -26,8 +26,8 @@ from evals.policy import KEYS, SETTINGS, load_policy
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import parse_config, read_config
 from llama4q.export import quantization_config
+from llama4q.gpus import DEVICES
 from llama4q.hub import POCKET_MODEL
-from llama4q.memory import DEVICES
 from llama4q.recipe import Calibration, Solver, load_recipe, parse_recipe, shipped_recipes
 from llama4q.schemes import SCHEMES
 from llama4q.weights import Component

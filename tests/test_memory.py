@@ -12,20 +12,11 @@ import pytest
 
 from llama4q.config import ModelConfig, parse_config
 from llama4q.errors import UserError
-from llama4q.memory import (
-    DEVICES,
-    GIB,
-    RESERVED_BYTES,
-    Device,
-    KVDtype,
-    MemoryPlan,
-    Serving,
-    find_device,
-    kv_layout,
-    make_plan,
-    memory_bytes,
-)
+from llama4q.gpus import DEVICES, GIB, Device
+from llama4q.kv_cache import KVDtype, kv_layout
+from llama4q.memory import RESERVED_BYTES, MemoryPlan, Serving, make_plan
 from llama4q.memory_table import render_plan
+from llama4q.shards import Cut, Piece, ShardedWeights
 
 SCOUT = parse_config(
     {
@@ -37,13 +28,23 @@ SCOUT = parse_config(
     "scout",
 )  # fmt: skip
 H100 = DEVICES["h100-80gb"]
-INT4_BYTES = 64_900_000_000  # Scout's experts and shared experts INT4, with vision
+TABLE_BYTES = 10485760 * 128 * 2  # Scout's rotary positions, cosines and sines in BF16
+
+
+def held(nbytes: int, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> ShardedWeights:
+    """Weights of so many bytes that cards share evenly."""
+    return ShardedWeights({Piece(Cut.EVEN, nbytes, 1): 1}, sizes)
+
+
+INT4 = held(64_900_000_000 - TABLE_BYTES)  # about Scout's, and its table makes 64.9 GB of it
 
 
 def roomy(config: ModelConfig, kv_bytes: int, **serving: Any) -> MemoryPlan:
     """A plan that leaves exactly `kv_bytes` for the KV cache."""
-    device = Device("h100-like", kv_bytes + RESERVED_BYTES + 75 * GIB)
-    return make_plan(config, 75 * GIB, device, Serving(**{"utilization": 1.0, **serving}))
+    asked = Serving(**{"utilization": 1.0, **serving})
+    table = 2 * config.max_positions * config.head_dim if config.rope_layers else 0
+    device = Device("h100-like", kv_bytes + RESERVED_BYTES + 75 * GIB + table)
+    return make_plan(config, held(75 * GIB), device, asked)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,10 @@ def test_scout_with_20_gib_left_against_vllms_own_functions(
 
 def test_tensor_parallel_blocks_against_vllms_own_functions() -> None:
     """serving-contract.md's seventh case: 40 GiB left on each of 8 cards, 1,048,576 tokens."""
-    layout = kv_layout(SCOUT, H100, Serving(1048576), cards=8)
+    layout = kv_layout(SCOUT, batched_tokens=8192, cards=8)
     assert layout.block_bytes == 8192 * 12
     assert (40 * GIB // layout.block_bytes, layout.blocks(1048576)) == (436906, 70144)
-    one_head_each = kv_layout(SCOUT, H100, Serving(1048576), cards=16)
+    one_head_each = kv_layout(SCOUT, batched_tokens=8192, cards=16)
     assert one_head_each.block_bytes == layout.block_bytes  # a head cannot be halved
 
 
@@ -110,10 +111,10 @@ def test_odd_patterns_against_vllms_own_functions(
 def test_bytes_of_a_token_against_the_contract() -> None:
     """4 KiB a token and layer in BF16: global layers 48 KiB without end, chunked ones 144 KiB up
     to the chunk and two batches; all layers in full 192 KiB."""
-    plan = make_plan(SCOUT, 0, H100, Serving(131072))
+    plan = make_plan(SCOUT, held(0), H100, Serving(131072))
     assert plan.kv_global_bytes == 131072 * 48 * 1024
     assert plan.kv_chunked_bytes == (8192 + 2 * 8192) * 144 * 1024
-    full = make_plan(SCOUT, 0, H100, Serving(131072, hybrid=False))
+    full = make_plan(SCOUT, held(0), H100, Serving(131072, hybrid=False))
     assert full.kv_bytes == 131072 * 192 * 1024 == 25_769_803_776  # design.md: 25.8 GB
     assert full.kv_global_bytes * 3 == full.kv_chunked_bytes
 
@@ -176,7 +177,7 @@ def test_random_patterns_against_a_count_layer_by_layer() -> None:
             hybrid=rng.random() < 0.7,
             batched_tokens=rng.choice([1, 50, 300]),
         )
-        plan = make_plan(config, 10**9, H100, serving)
+        plan = make_plan(config, held(10**9), H100, serving)
         assert serving.batched_tokens is not None
         slow = slow_bytes(config, serving, serving.batched_tokens)
         assert (plan.kv_global_bytes, plan.kv_chunked_bytes) == (slow["global"], slow["chunked"])
@@ -214,129 +215,35 @@ def test_one_block_stays_back_as_in_vllm() -> None:
 
 def test_largest_context_never_falls_with_utilization() -> None:
     plans = [
-        make_plan(SCOUT, INT4_BYTES, H100, Serving(8192, utilization=percent / 100))
+        make_plan(SCOUT, INT4, H100, Serving(8192, utilization=percent / 100))
         for percent in range(1, 101)
     ]
     contexts = [plan.largest_context for plan in plans]
     assert contexts == sorted(contexts)
     assert contexts[0] == 0
-    assert make_plan(SCOUT, 0, Device("tiny", 101), Serving(1)).usable_bytes == 93  # rounded up
+    assert (
+        make_plan(SCOUT, held(0), Device("tiny", 101), Serving(1)).usable_bytes == 93
+    )  # rounded up
 
 
 def test_every_option_changes_the_plan() -> None:
     base = Serving(131072)
     changes: list[dict[str, Any]] = [
         {"context": 65536}, {"kv_dtype": KVDtype.FP8}, {"hybrid": False},
-        {"batched_tokens": 2048}, {"utilization": 0.8},
+        {"batched_tokens": 2048}, {"utilization": 0.8}, {"concurrency": 2}, {"cards": 2},
+        {"positions": 131072}, {"block_tokens": 128},
     ]  # fmt: skip
-    before = make_plan(SCOUT, INT4_BYTES, H100, base)
+    before = make_plan(SCOUT, INT4, H100, base)
     for change in changes:
-        after = make_plan(SCOUT, INT4_BYTES, H100, replace(base, **change))
+        after = make_plan(SCOUT, INT4, H100, replace(base, **change))
         assert (after.total_bytes, after.usable_bytes) != (before.total_bytes, before.usable_bytes)
-    larger = make_plan(SCOUT, INT4_BYTES, DEVICES["h200-141gb"], base)
+    larger = make_plan(SCOUT, INT4, DEVICES["h200-141gb"], base)
     assert larger.largest_context > before.largest_context
 
 
 def test_the_models_own_limit_ends_the_largest_context() -> None:
     config = replace(SCOUT, max_positions=5001)
-    assert make_plan(config, 10**9, H100, Serving(1)).largest_context == 5001
-
-
-def test_truthful_no_on_one_80_gb_card() -> None:
-    """design.md: FP8 Scout and 4-bit Maverick do not fit; INT4 Scout does."""
-    fp8 = make_plan(SCOUT, 111_600_000_000, H100, Serving(8192))
-    assert (fp8.fits, fp8.largest_context) == (False, 0)
-    assert "2 cards (--tensor-parallel-size 2)" in fp8.remedies
-    maverick = make_plan(SCOUT, 216_000_000_000, H100, Serving(8192))
-    assert not maverick.fits
-    assert "4 cards (--tensor-parallel-size 4)" in maverick.remedies
-    assert make_plan(SCOUT, INT4_BYTES, H100, Serving(8192)).fits
-    huge = make_plan(SCOUT, 10**12, H100, Serving(8192))
-    assert "more than 8 cards" in huge.remedies
-    small = make_plan(SCOUT, 10**9, Device("4GB", 4 * 10**9), Serving(8192))
-    assert small.remedies == ("a larger GPU",)  # no engine starts here
-
-
-def test_every_remedy_is_one() -> None:
-    """What `remedies` names, done, fits."""
-    serving = Serving(131072, hybrid=False)
-    plan = make_plan(SCOUT, INT4_BYTES - 6 * 10**9, H100, serving)
-    assert [words.split(" (")[0] for words in plan.remedies] == [
-        "the hybrid KV cache manager",
-        "an FP8 KV cache",
-        f"a context of at most {plan.largest_context:,} tokens",
-        "2 cards",
-        plan.remedies[-1],
-    ]
-    budget = int(float(plan.remedies[-1].split()[5]) * 1e9)
-    for weights, changed in [
-        (plan.weight_bytes, replace(serving, hybrid=True)),
-        (plan.weight_bytes, replace(serving, kv_dtype=KVDtype.FP8)),
-        (plan.weight_bytes, replace(serving, context=plan.largest_context)),
-        (budget, serving),
-    ]:
-        assert make_plan(SCOUT, weights, H100, changed).fits
-    assert not make_plan(SCOUT, budget + 2 * 10**7, H100, serving).fits
-    share = make_plan(SCOUT, INT4_BYTES, H100, Serving(131072)).remedies[1]
-    assert share == "a larger share of the GPU (--gpu-memory-utilization 0.95)"
-    assert make_plan(SCOUT, INT4_BYTES, H100, Serving(131072, utilization=0.95)).fits
-    assert not make_plan(SCOUT, INT4_BYTES, H100, Serving(131072, utilization=0.94)).fits
-
-
-def test_smaller_batches_and_fp8_together_are_proposed_when_neither_does() -> None:
-    def proposed(blocks: int) -> list[str]:
-        remedies = roomy(SCOUT, blocks * 12 * 64 * 1024, context=131072).remedies
-        return [words.split(" (")[0] for words in remedies[:2]]
-
-    assert proposed(10497) == ["smaller batches", "an FP8 KV cache"]
-    assert proposed(10496)[0] == "an FP8 KV cache"
-    assert proposed(5249)[0] == "both"
-    assert proposed(5248)[0].startswith("a context")
-
-
-def test_cards_divide_the_heads() -> None:
-    """vLLM refuses a tensor parallel size that the heads do not divide by."""
-    five = replace(SCOUT, num_heads=10, num_kv_heads=10)
-    assert "more than 2 cards" in make_plan(five, 216 * 10**9, H100, Serving(16)).remedies
-
-
-def test_devices_are_below_what_nvidia_smi_shows() -> None:
-    """CUDA reports 0.4 to 1 GiB less than nvidia-smi's total (public logs), and never more."""
-    nvidia_smi_mib = {
-        "h100-80gb": 81559, "h100-nvl-94gb": 95830, "h200-141gb": 143771, "a100-80gb": 81920,
-        "a100-40gb": 40960, "l40s-48gb": 46068, "b200-192gb": 183359,
-        "rtx-pro-6000-96gb": 97887, "rtx4090-24gb": 24564, "rtx5090-32gb": 32607,
-    }  # fmt: skip
-    assert DEVICES.keys() == nvidia_smi_mib.keys()
-    for name, mib in nvidia_smi_mib.items():
-        assert 0.4 < mib / 1024 - DEVICES[name].total_bytes / GIB < 1
-
-
-def test_default_batches_are_vllms() -> None:
-    """`vllm serve` in vLLM 0.32: 8192 from 70 GiB, 16384 from 160 GiB, 2048 below and on A100."""
-    assert {name: device.default_batched_tokens for name, device in DEVICES.items()} == {
-        "h100-80gb": 8192, "h100-nvl-94gb": 8192, "h200-141gb": 8192, "a100-80gb": 2048,
-        "a100-40gb": 2048, "l40s-48gb": 2048, "b200-192gb": 16384, "rtx-pro-6000-96gb": 8192,
-        "rtx4090-24gb": 2048, "rtx5090-32gb": 2048,
-    }  # fmt: skip
-
-
-def test_find_device_names_the_nearest() -> None:
-    assert find_device("H100-80GB") is H100
-    with pytest.raises(UserError, match=r"'h100-80'; did you mean 'h100-80gb'\?.*b200-192gb"):
-        find_device("h100-80")
-    with pytest.raises(UserError, match=r"unknown GPU 'zzz'; known are h100-80gb"):
-        find_device("zzz")
-
-
-def test_memory_bytes() -> None:
-    assert memory_bytes("80GB") == 80 * 10**9
-    assert memory_bytes(" 80 gib ") == 80 * 2**30
-    assert memory_bytes("79.1GiB") == int(79.1 * 2**30)
-    assert memory_bytes("81559MiB") == 81559 * 2**20
-    for text in ("80", "80 GB free", "GB", "-1GB", "0GB", "80XB", "1e3GB", ""):
-        with pytest.raises(UserError, match="as in 80GB"):
-            memory_bytes(text)
+    assert make_plan(config, held(10**9), H100, Serving(1)).largest_context == 5001
 
 
 @pytest.mark.parametrize(
@@ -346,6 +253,10 @@ def test_memory_bytes() -> None:
         ({"context": 16, "batched_tokens": 0}, "batched tokens 0"),
         ({"context": 16, "utilization": 0.0}, "utilization 0.0"),
         ({"context": 16, "utilization": 92.0}, "utilization 92.0"),
+        ({"context": 16, "concurrency": 0}, "concurrency 0"),
+        ({"context": 16, "cards": 0}, "GPUs 0"),
+        ({"context": 16, "block_tokens": 0}, "block size 0"),
+        ({"context": 16, "positions": 15}, "15 positions for a context of 16"),
     ],
 )
 def test_settings_that_no_engine_takes_are_refused(serving: dict[str, Any], message: str) -> None:
@@ -355,45 +266,78 @@ def test_settings_that_no_engine_takes_are_refused(serving: dict[str, Any], mess
 
 def test_a_context_beyond_the_models_is_refused() -> None:
     with pytest.raises(UserError, match=r"10,485,761.*10,485,760 positions"):
-        make_plan(SCOUT, INT4_BYTES, H100, Serving(10485761))
+        make_plan(SCOUT, INT4, H100, Serving(10485761))
 
 
 def test_table_of_a_plan_that_fits() -> None:
-    lines = render_plan(make_plan(SCOUT, INT4_BYTES, H100, Serving(8192))).splitlines()
+    lines = render_plan(make_plan(SCOUT, INT4, H100, Serving(8192))).splitlines()
     assert [line[:24].strip() for line in lines[:-1]] == [
-        "", "weights", "KV cache, global layers", "KV cache, chunked layers", "workspace",
-        "overhead", "total", "usable",
+        "", "weights", "rotary positions", "KV cache, global layers", "KV cache, chunked layers",
+        "workspace", "overhead", "total", "usable",
     ]  # fmt: skip
     numbers = [float(line[24:35]) for line in lines[1:-1]]
-    assert numbers[0] == 64.9
-    assert numbers[5] == pytest.approx(sum(numbers[:5]), abs=0.003)
-    assert numbers[6] == pytest.approx(0.92 * 79.10 * 2**30 / 1e9, abs=0.001)
+    assert numbers[:2] == [62.216, 2.684]
+    assert numbers[6] == pytest.approx(sum(numbers[:6]), abs=0.003)
+    assert numbers[7] == pytest.approx(0.92 * 79.10 * 2**30 / 1e9, abs=0.001)
     assert lines[-1] == (
-        "fits: yes, largest context 86,352 tokens; 4.89 requests of 8,192 tokens at once"
+        "fits: yes, largest context 86,352 tokens; 10,006 KV blocks: 4.89 requests of 8,192 tokens "
+        "at once"
     )
 
 
 def test_table_of_a_plan_that_does_not_fit() -> None:
-    plan = make_plan(SCOUT, 111_600_000_000, H100, Serving(8192, hybrid=False))
+    plan = make_plan(SCOUT, held(111_600_000_000), H100, Serving(8192, 2, 1, hybrid=False))
     assert "without the hybrid manager" in render_plan(plan)
+    assert "bf16 KV cache of 2 x 8,192 tokens" in render_plan(plan)
     last = render_plan(plan).splitlines()[-1]
     assert last.startswith(f"fits: no, short by {plan.short_bytes / 1e9:.2f}"[:-1])
-    assert last.endswith(" | ".join(plan.remedies))
+    two = make_plan(SCOUT, held(200_000_000_000), H100, Serving(8192, cards=2))
+    assert "on each of 2 GPUs" in render_plan(two).splitlines()[1]
+    assert " GB on each GPU; 0 KV blocks: 0.00 requests" in render_plan(two).splitlines()[-1]
     one_byte = roomy(SCOUT, 1025 * 12 * 64 * 1024 - 1, context=4096)
     assert "short by 0.001 GB" in render_plan(one_byte)
-    own = make_plan(replace(SCOUT, max_positions=8192), INT4_BYTES, H100, Serving(16))
+    own = make_plan(replace(SCOUT, max_positions=8192), INT4, H100, Serving(16))
     assert "largest context 8,192 tokens (the model's own)" in render_plan(own)
 
 
 def test_json_has_every_number_and_the_verdict() -> None:
-    plan = make_plan(SCOUT, INT4_BYTES, H100, Serving(131072, kv_dtype=KVDtype.FP8))
+    plan = make_plan(SCOUT, INT4, H100, Serving(131072, kv_dtype=KVDtype.FP8))
     found = json.loads(json.dumps(plan.to_json()))
     assert found["fits"] is plan.fits is True
     assert found["total_bytes"] == sum(
         found[key]
-        for key in ("weight_bytes", "kv_global_bytes", "kv_chunked_bytes", "activation_bytes",
-                    "graph_bytes", "non_torch_bytes", "kv_block_bytes")
+        for key in ("weight_bytes", "position_bytes", "kv_global_bytes", "kv_chunked_bytes",
+                    "activation_bytes", "graph_bytes", "non_torch_bytes", "kv_block_bytes")
     )  # fmt: skip
     assert found["device"] == {"name": "h100-80gb", "total_bytes": H100.total_bytes}
     assert found["serving"]["kv_dtype"] == "fp8"
     assert found["serving"]["batched_tokens"] == 8192
+
+
+def test_requests_at_once_are_those_for_which_there_are_blocks() -> None:
+    """Issue 7's check: Scout in INT4 at 131,072 tokens, whose blocks and concurrency vLLM's own
+    functions confirm (benchmarks/serving_memory.py); N requests fit where N times the blocks do."""
+    base = Serving(131072, positions=131072, kv_dtype=KVDtype.FP8)
+    one = make_plan(SCOUT, INT4, H100, base)
+    assert one.requests == int((one.kv_blocks - 1) / one.request_blocks) == 2
+    for asked, fits in ((2, True), (3, False)):
+        plan = make_plan(SCOUT, INT4, H100, replace(base, concurrency=asked))
+        assert (plan.fits, plan.kv_bytes) == (fits, asked * one.kv_bytes)
+        assert (plan.kv_blocks, plan.requests) == (one.kv_blocks, one.requests)
+        assert (plan.largest_context >= 131072) is fits
+
+
+def test_the_rotary_table_is_as_long_as_the_model_knows_positions() -> None:
+    """vLLM's own buffer for the published Scout is [10485760, 128] in BF16, and one of as many rows
+    as --hf-overrides says (benchmarks/serving_memory.py); a model that never rotates has none."""
+    assert make_plan(SCOUT, INT4, H100, Serving(8192)).position_bytes == 2_684_354_560
+    short = make_plan(SCOUT, INT4, H100, Serving(8192, positions=10000))
+    assert short.position_bytes == 10000 * 128 * 2
+    assert short.context_limit == short.largest_context == 10000
+    never = replace(SCOUT, rope_layers=frozenset())
+    assert make_plan(never, INT4, H100, Serving(8192)).position_bytes == 0
+
+
+def test_cards_that_vllm_cannot_divide_the_model_into_are_refused() -> None:
+    with pytest.raises(UserError, match=r"3 GPUs: .* choose 1, 2, 4, 8"):
+        make_plan(SCOUT, INT4, H100, Serving(8192, cards=3))

@@ -20,8 +20,10 @@ from cli import main
 from evals.model_card import Subject, model_card
 from evals.serving import Size, commands, size_of
 from llama4q.config import ModelConfig, parse_config
+from llama4q.gpus import find_device
 from llama4q.licence import NOTICE_LINE, Card, Licence
-from llama4q.memory import Serving, find_device, make_plan
+from llama4q.memory import MemoryPlan, Serving, make_plan
+from llama4q.shards import Cut, Piece, ShardedWeights
 
 from . import publishable, reports, test_inspect
 from .hub_home import Home
@@ -195,13 +197,18 @@ def test_anything_may_be_missing(path: tuple[str, ...]) -> None:
 
 def fit(config: ModelConfig, weights: int, context: int) -> dict[str, Any]:
     """A report's fit line."""
-    plan = make_plan(config, weights, find_device("h100-80gb"), Serving(context))
+    plan = planned(config, weights, context, 1)
     return {
         "device": plan.device.name, "context": context, "fits": plan.fits,
         "largest_context": plan.largest_context, "total_bytes": plan.total_bytes,
         "usable_bytes": plan.usable_bytes, "kv_bytes": plan.kv_bytes,
-        "reserved_bytes": plan.workspace_bytes + plan.overhead_bytes,
+        "reserved_bytes": plan.position_bytes + plan.workspace_bytes + plan.overhead_bytes,
     }  # fmt: skip
+
+
+def planned(config: ModelConfig, weights: int, context: int, cards: int) -> MemoryPlan:
+    shared = ShardedWeights({Piece(Cut.EVEN, weights, 1): 1}, (1, 2, 4, 8))
+    return make_plan(config, shared, find_device("h100-80gb"), Serving(context, cards=cards))
 
 
 @pytest.mark.parametrize(
@@ -215,8 +222,8 @@ def test_commands_are_sized_by_the_plan(weights: int, context: int, cards: int) 
     expected = min(context, line["largest_context"]) if cards == 1 else context
     assert size_of(line) == Size(cards, expected)
     if cards > 1:
-        plan = make_plan(config, weights, find_device("h100-80gb"), Serving(context))
-        assert any(f"--tensor-parallel-size {cards}" in remedy for remedy in plan.remedies)
+        assert planned(config, weights, context, cards).fits
+        assert not planned(config, weights, context, cards // 2).fits
     vllm, sglang, _ = commands({**FULL, "fit": line}, "me/x", True)
     assert f"--max-model-len {expected}" in vllm.lines[1]
     assert ("--tensor-parallel-size" in vllm.lines[1]) == (cards > 1)

@@ -70,7 +70,9 @@ def test_damage_is_named(damage: Callable[[Tensors], None], words: str, tmp_path
     def checked() -> dict[str, int]:
         save_file(tensors, str(tmp_path / "all.safetensors"))
         written = PartReader(tmp_path, ["all.safetensors"])
-        return verify(written, kept_tensors(Checkpoint(source), config, recipe), config, recipe)
+        return verify(
+            written, kept_tensors(Checkpoint(source).infos, config, recipe), config, recipe
+        )
 
     assert checked()["scales"] == 4 * 3 * 5  # layers, projections, experts and the shared one
     damage(tensors)

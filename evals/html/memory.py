@@ -15,7 +15,7 @@ from .table import Row, table
 
 def memory(report: Report) -> Section | None:
     """None where neither sizes nor a fit are known."""
-    parts = [_components(report), _fit(part(report, "fit"), part(report, "quantized"))]
+    parts = [_components(report), _fit(part(report, "fit"))]
     return section("Size and memory", parts) if any(parts) else None
 
 
@@ -52,13 +52,13 @@ def _components(report: Report) -> Markup | None:
     )
 
 
-def _fit(fit: Mapping[str, Any], quantized: Mapping[str, Any]) -> Markup | None:
+def _fit(fit: Mapping[str, Any]) -> Markup | None:
     """What one GPU must hold, as a bar against what the engine may use."""
     needed, usable = fit.get("total_bytes"), fit.get("usable_bytes")
     if needed is None or usable is None:
         return None
     parts = {
-        "weights": (quantized.get("bytes", 0), "s1"),
+        "weights": (fit.get("weight_bytes", 0), "s1"),
         f"KV cache of {count(fit.get('context'))} tokens": (fit.get("kv_bytes", 0), "s2"),
         "reserve of the engine": (fit.get("reserved_bytes", 0), "s3"),
         "free": (max(0, usable - needed), "s0"),
