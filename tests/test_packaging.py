@@ -1,6 +1,6 @@
 """The wheel, built as it is published: what is in it, and nothing else.
 
-`calibrate`, `evals` and `cli` are generic names; a stray file beside them would be installed too.
+`calibrate`, `evals`, `commands` and `cli` are generic names; a stray file beside them would be installed too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from llama4q import __version__
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("llama4q", "calibrate", "evals")
+PACKAGES = ("llama4q", "calibrate", "evals", "commands")
 INFO = f"llama4q-{__version__}.dist-info"
 
 

@@ -1,0 +1,1 @@
+"""The commands of llama4q: parse, one call, print. Heavy imports happen inside them."""

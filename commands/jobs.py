@@ -1,0 +1,170 @@
+"""A run from its settings: the text drawn, the job, and its report."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4q.errors import UserError
+from llama4q.stopping import Stopped
+
+from .shared import fit_line, provenance
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from calibrate.data import CalibrationSet
+    from calibrate.run import Job, Outcome
+    from llama4q.config import ModelConfig
+    from llama4q.recipe import Calibration, Recipe
+    from llama4q.source import Source
+
+UNITS = {
+    "bytes": "of all tensors",
+    "tokens": "calibration tokens that reached an expert or a weight",
+    "share": "of the calibration tokens, as asked for, 0 to 1",
+    "needed": "calibration tokens, as many as an expert's widest matrix has inputs",
+    "error": "share of the wanted output's energy, on calibration tokens held out of the solver",
+    "rounding_error": "the same for plain rounding",
+    "hidden_error": "|x - y|^2 / |x|^2 of the hidden states after the layer",
+    "shrinkage": "share of the Hessian of all tokens, or of the diagonal, 0 to 1",
+    "damping": "of the Hessian's mean diagonal",
+    "correction": "share taken of the correction for what earlier layers damaged, 0 to 1",
+    "seconds": "wall time",
+}
+
+
+def drawn_tokens(settings: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationSet:
+    """Calibration tokens as named, candidates among them."""
+    from calibrate.data import calibration_tokens
+    from calibrate.mix import parse_mix
+
+    return calibration_tokens(
+        parse_mix(settings.text), tokenizer,
+        samples=settings.samples * settings.candidates, length=settings.length, seed=settings.seed,
+    )  # fmt: skip
+
+
+def job_of(
+    source: Source,
+    folder: Path,
+    recipe: Recipe,
+    drawn: CalibrationSet,
+    dtype: str,
+    device: torch.device,
+) -> Job:
+    """What a run depends on."""
+    from calibrate.run import DTYPES, Job
+
+    return Job(source, folder, recipe, drawn.tokens, drawn.digest, DTYPES[dtype], device)
+
+
+def run_report(
+    job: Job, drawn: CalibrationSet, config: ModelConfig, gpu: str, outcome: Outcome
+) -> dict[str, Any]:
+    """The report of a finished run."""
+    from calibrate.coverage import coverage
+    from calibrate.kernel import description
+    from llama4q import products
+    from llama4q.checkpoint import PartReader
+    from llama4q.inspect import component_bytes
+    from llama4q.machine import properties
+
+    settings = job.recipe.calibration
+    written = PartReader(job.destination, list(outcome.files))
+    return {
+        **provenance(job.source, config),
+        "quantized": {
+            "name": str(job.destination),
+            "bytes": outcome.quantized_bytes,
+            "components": component_bytes(config, written.infos),
+        },
+        "recipe": job.recipe.to_json(),
+        "calibration": {
+            "source": settings.text,
+            "samples": settings.samples,
+            "length": settings.length,
+            "seed": settings.seed,
+            "candidates": settings.candidates,
+            "tokens": sum(batch.numel() for batch in drawn.tokens),
+            "digest": drawn.digest,
+            "mix": [part.to_json() for part in drawn.drawn],
+            "coverage": coverage(job.recipe, config, outcome.layers),
+        },
+        "machine": properties(job.device),
+        "kernel": description(job.recipe.solver.beams, job.device),
+        "products": products.description(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "units": UNITS,
+        "layers": outcome.layers,
+        "rescues": outcome.rescues,
+        "evidence": outcome.evidence,
+        "fit": fit_line(config, written.infos, gpu),
+        "verified": outcome.checked,
+        "files": outcome.files,
+        "seconds": {"total": outcome.seconds},
+    }
+
+
+def chosen_tokens(
+    drawn: CalibrationSet,
+    settings: Calibration,
+    source: Source,
+    dtype: str,
+    device: torch.device,
+) -> CalibrationSet:
+    """The sequences that cover the experts best, where more were drawn than are wanted."""
+    from llama4q.config import read_config
+
+    config = read_config(source.folder)
+    if settings.candidates == 1 or not config.moe_layers:
+        return drawn
+    from tqdm import tqdm
+
+    from calibrate.choose import best_covering, expert_counts
+    from calibrate.data import kept
+    from calibrate.run import DTYPES
+    from llama4q.weights import LayerReader
+
+    if len(drawn.drawn) > 1:
+        raise UserError(
+            f"--candidates {settings.candidates} with a mix of {len(drawn.drawn)} texts would "
+            f"change their shares; name one text, or leave out --candidates"
+        )
+    reader = LayerReader(source.checkpoint(device), config, DTYPES[dtype])
+    with tqdm(total=config.num_layers, desc="choosing calibration text", unit="layer") as bar:
+
+        def layer_done() -> None:
+            bar.update()
+
+        counts = expert_counts(reader, drawn.tokens[0], layer_done)
+    return kept(drawn, best_covering(counts, settings.samples))
+
+
+def shapes(batches: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((batch.shape[0], batch.shape[1]) for batch in batches)
+
+
+@contextlib.contextmanager
+def told_what_stands(folder: Path, layers: int) -> Iterator[None]:
+    """Adds to `Stopped` how much of a quantize run is written and how it goes on."""
+    from calibrate.run import layers_written
+    from llama4q.manifest import MANIFEST
+
+    try:
+        yield
+    except Stopped as stop:
+        written = layers_written(folder)
+        if (folder / MANIFEST).exists():
+            stop.add_note(f"{folder} is finished")
+        elif written == layers:
+            stop.add_note(f"all {layers} layers are written; repeat the command to finish")
+        else:
+            stop.add_note(
+                f"{written} of {layers} layers are written; "
+                f"repeat the command, it goes on at layer {written}"
+            )
+        raise
