@@ -1,6 +1,7 @@
 """The wheel, built as it is published: what is in it, and nothing else.
 
-`calibrate`, `evals`, `commands` and `cli` are generic names; a stray file beside them would be installed too.
+`calibrate`, `evals`, `commands` and `cli` are generic names; a stray file beside them would be
+installed too.
 """
 
 from __future__ import annotations
