@@ -69,7 +69,7 @@ class Home:
     ) -> subprocess.CompletedProcess[str]:
         with self.start(code, *arguments, **environment) as process:
             try:
-                out, said = process.communicate(timeout=120)
+                out, said = process.communicate(timeout=900)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
