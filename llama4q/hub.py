@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 
 from .checkpoint import INDEX, SINGLE, read_index
@@ -156,9 +156,9 @@ def _check_room(found: Source, needed: int) -> None:
         )
 
 
-def _check(remote: Remote, folder: Path, names: Iterable[str], tell: Tell) -> None:
+def _check(remote: Remote, folder: Path, names: Set[str], tell: Tell) -> None:
     """Raises UserError when a file has other bytes than the Hub's, twice."""
     files = remote.files()
-    for name in sorted(names):
+    for name in sorted(files.keys() & names):  # else it is no file of the repository's
         again = functools.partial(remote.fetch, name, None, again=True)
         mend(folder / name, files[name], again, tell)

@@ -163,16 +163,19 @@ class Shards:
         """A shard whose bytes are those that the Hub has; wrong ones are fetched again once."""
         path = self.work / shard
         self._download(shard)
-        again = functools.partial(self._download, shard, again=True)
-        mend(path, self.files[shard], again, self._tell)
+        mend(path, self.files[shard], functools.partial(self._fetch_again, shard), self._tell)
         self._check_early(shard)
         self.states[shard] = opened_state(path)
 
-    def _download(self, shard: str, again: bool = False) -> None:
+    def _fetch_again(self, shard: str) -> None:
+        self._drop(shard)  # or the disk would hold it twice for a while
+        self._download(shard)
+
+    def _download(self, shard: str) -> None:
         def fetch() -> Path:
             if self._ending.is_set():
                 raise UserError(f"{self.remote.repo}: {shard} is not fetched, the run has ended")
-            return self.remote.fetch(shard, self.work, again)
+            return self.remote.fetch(shard, self.work)
 
         persistently(fetch, self._tell, PAUSES, self._ending.wait)
 

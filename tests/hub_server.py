@@ -101,6 +101,7 @@ class Hub:
     refuse_commits: Refusal | None = None
     cuts: dict[str, list[int]] = field(default_factory=dict)  # file -> where answers break off
     wrong: dict[str, int] = field(default_factory=dict)  # file -> how often it comes damaged
+    wrong_ranges: set[str] = field(default_factory=set)  # files that come so when a part is asked
     sizes: Mapping[str, int] = field(default_factory=dict)  # file -> what the listing says of it
     failing: float = 0.0  # the share of requests that are answered 429, 503, or broken off
     seed: int = 0  # of which ones
@@ -401,7 +402,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 status = HTTPStatus.PARTIAL_CONTENT
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
             body = content[start:end]
-            if self.command == "GET" and body and not asked and hub.is_wrong(name):
+            wrong = (
+                name in hub.wrong_ranges if asked else self.command == "GET" and hub.is_wrong(name)
+            )
+            if body and wrong:
                 middle = len(body) // 2
                 body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
             cuts = hub.cuts.get(name, [])

@@ -40,6 +40,8 @@ def test_prints_the_folder_of_the_commit(home: Home, files: dict[str, bytes]) ->
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.strip())
     assert contents(folder) == files
+    (folder / ".DS_Store").write_bytes(b"of a desktop, not of the repository")
+    assert home.run(COMMAND_LINE, "pull", REPO).returncode == 0
     assert folder.name == COMMIT
     assert f"{REPO} at {COMMIT}: " in done.stderr
 

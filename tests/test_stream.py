@@ -154,11 +154,25 @@ def test_wrong_bytes_are_fetched_again(
 ) -> None:
     shard = "model-00004-of-00009.safetensors"
     hub.wrong[shard] = 1
-    done = home.run(STREAM, REPO, str(tmp_path / "out"))
+    with Watch(tmp_path / "out" / ".llama4q" / "source") as watch:
+        done = home.run(STREAM, REPO, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
+    assert watch.most <= int(done.stdout)
     assert f"{shard}: has SHA-256" in done.stderr
     assert "fetching it again" in done.stderr
     assert digests(tmp_path / "out") == local
+
+
+def test_a_range_that_says_otherwise_than_its_shard_ends_the_run(
+    home: Home, hub: Hub, tmp_path: Path
+) -> None:
+    """No digest covers a range: what the solver took from it is compared when the shard is here."""
+    shard = "model-00005-of-00009.safetensors"
+    hub.wrong_ranges.add(shard)
+    done = home.run(STREAM, REPO, str(tmp_path / "out"))
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert f"was read otherwise than {shard} has it" in line
 
 
 def test_bytes_that_stay_wrong(home: Home, hub: Hub, tmp_path: Path) -> None:
