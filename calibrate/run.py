@@ -25,7 +25,7 @@ from llama4q.checkpoint import Checkpoint
 from llama4q.config import ModelConfig, read_config
 from llama4q.device import HOST
 from llama4q.errors import UserError
-from llama4q.export import config_with, quantization_config, quantized_already, side_files
+from llama4q.export import config_with, quantization_config, refuse_quantized, side_files
 from llama4q.hidden import Spool
 from llama4q.machine import UNBOUNDED, Memory, give_back_memory
 from llama4q.model import DecoderLayer
@@ -384,9 +384,7 @@ def refuse_early(
 
     `lengths` are those of the calibration sequences, in tokens.
     """
-    method = quantized_already(source)
-    if method is not None:
-        raise UserError(f"{source}: is quantized already ({method}); name the BF16 original")
+    refuse_quantized(source)
     check_recipe(recipe, config)
     refuse_foreign_files(destination)
     longest = max(lengths)

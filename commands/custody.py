@@ -90,8 +90,10 @@ def reproduce(
     from calibrate.work import Texts
     from llama4q.config import read_config
     from llama4q.device import use_device
+    from llama4q.gpus import device_of
     from llama4q.hub import resolve
     from llama4q.machine import keep_freed_memory
+    from llama4q.memory import Serving
     from llama4q.text import load_tokenizer
 
     finished = resolve(checkpoint, tell)
@@ -110,7 +112,9 @@ def reproduce(
     job = job_of(original, folder, recipe, drawn, before.dtype, where)
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
-        return run_report(job, drawn, config, before.report["fit"]["device"], outcome)
+        fit = before.report["fit"]
+        served = Serving(fit["context"])
+        return run_report(job, drawn, config, device_of(fit["device"]), served, outcome)
 
     with Bar(plan.expected()) as bar, told_what_stands(folder, config.num_layers):
         again = run(job, Unobserved(), bar, report, held)

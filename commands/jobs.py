@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from calibrate.budget import Choice
     from calibrate.data import CalibrationSet
     from calibrate.run import Job, Outcome
     from llama4q.config import ModelConfig
+    from llama4q.gpus import Device
+    from llama4q.memory import Serving
     from llama4q.recipe import Calibration, Recipe
     from llama4q.source import Source
 
@@ -63,9 +66,15 @@ def job_of(
 
 
 def run_report(
-    job: Job, drawn: CalibrationSet, config: ModelConfig, gpu: str, outcome: Outcome
+    job: Job,
+    drawn: CalibrationSet,
+    config: ModelConfig,
+    device: Device,
+    serving: Serving,
+    outcome: Outcome,
+    choice: Choice | None = None,
 ) -> dict[str, Any]:
-    """The report of a finished run."""
+    """The report of a finished run, to be served so; `choice` is how its recipe came about."""
     from calibrate.coverage import coverage
     from calibrate.kernel import description
     from llama4q import products
@@ -102,7 +111,8 @@ def run_report(
         "layers": outcome.layers,
         "rescues": outcome.rescues,
         "evidence": outcome.evidence,
-        "fit": fit_line(config, written.infos, gpu),
+        "fit": fit_line(config, written.infos, device, serving),
+        "budget": None if choice is None else choice.to_json(),
         "verified": outcome.checked,
         "files": outcome.files,
         "seconds": {"total": outcome.seconds},

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llama4q.errors import UserError
-from llama4q.ranks import join
+from llama4q.ranks import Ranks, join
 
+from .goal import (
+    Engine,
+    default_context,
+    engine_options,
+    goal_of,
+    measured,
+    no_schemes,
+    range_told,
+    told,
+)
 from .jobs import chosen_tokens, drawn_tokens, job_of, run_report, shapes, told_what_stands
 from .measuring import evaluation_options, questions_of
 from .shared import GPU, as_text, budget_for, nbytes, tell
@@ -18,23 +29,37 @@ from .shared import GPU, as_text, budget_for, nbytes, tell
 if TYPE_CHECKING:
     import torch
 
+    from calibrate.budget import Choice, Goal
     from calibrate.data import CalibrationSet
     from calibrate.plan import Pace, Plan
     from calibrate.run import Outcome
-    from calibrate.work import Texts
     from evals.questions import Questions
     from llama4q.config import ModelConfig
+    from llama4q.gpus import Device
+    from llama4q.memory import Serving
     from llama4q.recipe import Recipe
     from llama4q.source import Source
+
+RECIPE = "int4"  # where none is named
 
 
 @click.command()
 @click.argument("source", required=False)
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--recipe", "-r", default="int4", show_default=True, metavar="NAME|FILE",
+    "--recipe", "-r", metavar="NAME|FILE",
     help="A shipped recipe (int4, int4-g64, int4-g32, int4-fp8, mixed, fp8, int8, int3, bnb-nf4, "
-    "bnb-int8) or a TOML file.",
+    f"bnb-int8) or a TOML file.  [default: {RECIPE}]",
+)  # fmt: skip
+@click.option(
+    "--fit", "goal", metavar="GPU|SIZE",
+    help="Choose the precision of each part of each layer so that the model fits this GPU, or "
+    "memory as 80GB, at --context, and loses least. What --recipe names, if given, stays so.",
+)  # fmt: skip
+@click.option(
+    "--context", type=click.IntRange(1),
+    help="Tokens of one request, for --fit and the fit line.  [default: 131072, or all that the "
+    "model knows]",
 )  # fmt: skip
 @click.option(
     "--calibration", "-c", metavar="TEXT",
@@ -65,12 +90,19 @@ if TYPE_CHECKING:
     "disk holds the result and a few of them.",
 )  # fmt: skip
 @click.option("--plan", "only_plan", is_flag=True, help="Say what the run will take, and stop.")
-@click.option("--gpu", default=GPU, show_default=True, help="The device of the fit line.")
+@click.option(
+    "--gpu",
+    metavar="GPU|SIZE",
+    help="The device of the fit line.  [default: --fit's, or h100-80gb]",
+)
+@engine_options
 @evaluation_options
 def quantize(
     source: str | None,
     destination: Path | None,
-    recipe: str,
+    recipe: str | None,
+    goal: str | None,
+    context: int | None,
     calibration: str | None,
     samples: int | None,
     length: int | None,
@@ -80,7 +112,8 @@ def quantize(
     memory: str | None,
     stream: bool,
     only_plan: bool,
-    gpu: str,
+    gpu: str | None,
+    engine: Engine,
     dtype: str,
     device: str | None,
     as_json: bool,
@@ -104,8 +137,9 @@ def quantize(
     \b
     OMP_NUM_THREADS=16 torchrun --nproc-per-node 4 $(which llama4q) quantize SOURCE DEST
     """
+    from calibrate.budget import choose, least
     from calibrate.mix import parse_mix
-    from calibrate.plan import check_memory, plan_for
+    from calibrate.plan import check_memory
     from calibrate.progress import Bar, Silence
     from calibrate.run import quantize as run
     from calibrate.run import refuse_early
@@ -115,8 +149,9 @@ def quantize(
     from evals.report import render
     from llama4q.config import read_config
     from llama4q.device import use_device
-    from llama4q.gpus import find_device
+    from llama4q.gpus import device_of
     from llama4q.hub import POCKET, resolve, resolve_remote
+    from llama4q.kv_cache import KVDtype
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
@@ -127,30 +162,35 @@ def quantize(
             f"--stream with {ranks.count} processes: shards go when one has read them; "
             f"run 'llama4q pull' first and leave out --stream"
         )
-    if stream and (candidates or 1) > 1:
-        raise UserError(
-            f"--stream with --candidates {candidates}: choosing text reads all layers once more; "
-            f"run 'llama4q pull' first and leave out --stream"
-        )
+    for what, asked in ((f"--candidates {candidates}", (candidates or 1) > 1), ("--fit", goal)):
+        if stream and asked:
+            raise UserError(
+                f"--stream with {what}: choosing reads all layers once more; "
+                f"run 'llama4q pull' first and leave out --stream"
+            )
     where = use_device(device, ranks.neighbour)
     budget = budget_for(memory, where, ranks)
 
-    def prepared() -> tuple[Recipe, Source, ModelConfig, Path, CalibrationSet, Questions, Plan]:
+    def prepared() -> Prepared:
         """What the run is about, once for all ranks."""
         if source is None:
             click.echo(
                 "No SOURCE named: quantizing the pocket Llama 4 that comes with llama4q.", err=True
             )
         chosen = adjusted(
-            load_recipe(recipe),
+            load_recipe(recipe) if recipe else no_schemes() if goal else load_recipe(RECIPE),
             text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
             method=method,
         )  # fmt: skip
-        find_device(gpu)
-        check_schemes(chosen)  # both before anything is downloaded
+        target = device_of(gpu or goal or GPU)
+        check_schemes(chosen)  # all before anything is downloaded
         settings = chosen.calibration
         mix = parse_mix(settings.text)
         name = source or POCKET
+        wanted = None
+        if goal:
+            wanted = goal_of(resolve_remote(name), device_of(goal), context, engine, chosen)
+            chosen = least(wanted)
         original = resolve_remote(name) if stream or only_plan else resolve(name, tell)
         config = read_config(original.folder)
         folder = destination or Path(f"{Path(original.name).name}-{chosen.name}")
@@ -159,55 +199,99 @@ def quantize(
         tokenizer = load_tokenizer(original.folder)
         drawn = drawn_tokens(settings, tokenizer)
         questions = questions_of(tokenizer, config, **measured_on)
-        texts = _texts(drawn, questions)
-        plan = plan_for(original.checkpoint(), config, chosen, texts, ranks.count)
-        return chosen, original, config, folder, drawn, questions, plan
+        plan = _plan(original, config, chosen, drawn, questions, ranks)
+        serving = engine.serving(context or default_context(config), KVDtype.BF16)
+        return Prepared(
+            chosen, wanted, original, config, folder, drawn, questions, plan, target, serving
+        )
 
-    chosen, original, config, folder, drawn, questions, plan = ranks.from_first(prepared)
-    settings = chosen.calibration
+    about = ranks.from_first(prepared)
+    original, config, folder = about.source, about.config, about.folder
     if only_plan:
         if ranks.first:
-            pace = _pace(original, folder, chosen, dtype, where)
-            click.echo("\n".join(plan.lines(budget, pace)))
+            pace = _pace(original, folder, about.recipe, dtype, where)
+            click.echo("\n".join(about.plan.lines(budget, pace)))
+            if about.goal is not None:
+                click.echo(range_told(about.goal))
             if stream:
                 click.echo(_streaming(original, config))
         return
-    held = check_memory(plan, budget, memory is not None)
+    held = check_memory(about.plan, budget, memory is not None)
     if stream and ranks.first:
         tell(_streaming(original, config))
     keep_freed_memory()
-    drawn = ranks.from_first(lambda: chosen_tokens(drawn, settings, original, dtype, where))
+
+    def settled() -> tuple[CalibrationSet, Recipe, Plan, Choice | None]:
+        """What is decided by the original's own hidden states, once for all ranks."""
+        settings = about.recipe.calibration
+        drawn = chosen_tokens(about.drawn, settings, original, dtype, where)
+        if about.goal is None:
+            return drawn, about.recipe, about.plan, None
+        found = measured(about.goal, original, folder, drawn.tokens[0], dtype, where, held)
+        choice = choose(about.goal, found)
+        tell(told(choice))
+        plan = _plan(original, config, choice.recipe, drawn, about.questions, ranks)
+        return drawn, choice.recipe, plan, choice
+
+    drawn, chosen, plan, choice = ranks.from_first(settled)
+    held = check_memory(plan, budget, memory is not None)
     job = job_of(original, folder, chosen, drawn, dtype, where)
 
     def report(outcome: Outcome) -> Mapping[str, Any]:
-        return run_report(job, drawn, config, gpu, outcome)
+        return run_report(job, drawn, config, about.device, about.serving, outcome, choice)
 
     def pages(report: Mapping[str, Any]) -> dict[str, bytes]:
         return {"report.html": page(report).encode(), "evaluation.md": markdown(report).encode()}
 
     shown = Bar(plan.expected()) if ranks.first else Silence()
+    observer = Evaluation(config, about.questions, ranks)
     with shown as bar, told_what_stands(folder, config.num_layers):
-        finished = run(job, Evaluation(config, questions, ranks), bar, report, held, ranks, pages)
+        finished = run(job, observer, bar, report, held, ranks, pages)
     ranks.leave()
     if not ranks.first:
         return
-    told = f"\n{render(finished)}\nWritten to {folder}/, to look at as {folder / 'report.html'}"
-    click.echo(as_text(finished) if as_json else told)
+    shown_to = f"\n{render(finished)}\nWritten to {folder}/, to look at as {folder / 'report.html'}"
+    click.echo(as_text(finished) if as_json else shown_to)
     covered = finished["calibration"]["coverage"]
     if covered is not None and covered["warning"]:
         click.echo(f"Warning: {covered['warning']}", err=True)
 
 
-def _texts(drawn: CalibrationSet, questions: Questions) -> Texts:
-    """All sequences that will travel through the layers."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is about, as far as that can be told before anything is computed."""
+
+    recipe: Recipe  # with a goal, the smallest mix
+    goal: Goal | None
+    source: Source
+    config: ModelConfig
+    folder: Path
+    drawn: CalibrationSet
+    questions: Questions
+    plan: Plan
+    device: Device  # of the fit line, as are these:
+    serving: Serving
+
+
+def _plan(
+    source: Source,
+    config: ModelConfig,
+    recipe: Recipe,
+    drawn: CalibrationSet,
+    questions: Questions,
+    ranks: Ranks,
+) -> Plan:
+    """What the run will take, with all sequences that will travel through the layers."""
+    from calibrate.plan import plan_for
     from calibrate.work import Texts
     from evals import retrieval
 
-    return Texts(
+    texts = Texts(
         shapes(drawn.tokens),
         shapes([questions.windows]),
         shapes(retrieval.batches(questions.prompts)),
     )
+    return plan_for(source.checkpoint(), config, recipe, texts, ranks.count)
 
 
 def _pace(

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
     from llama4q.checkpoint import TensorInfo
     from llama4q.config import ModelConfig
+    from llama4q.gpus import Device
     from llama4q.machine import Budget
+    from llama4q.memory import Serving
     from llama4q.source import Source
 
 GPU = "h100-80gb"
-
-
-FIT_CONTEXT = 131072  # tokens; the context that a report's fit line speaks of
 
 
 def tell(line: str) -> None:
@@ -83,18 +82,20 @@ def provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def fit_line(config: ModelConfig, tensors: Mapping[str, TensorInfo], gpu: str) -> dict[str, Any]:
+def fit_line(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], device: Device, serving: Serving
+) -> dict[str, Any]:
     """The report's fit line for a checkpoint of these tensors."""
-    from llama4q.gpus import find_device
-    from llama4q.memory import Serving, make_plan
+    from llama4q.memory import make_plan
     from llama4q.shards import sharded
 
-    device = find_device(gpu)
-    serving = Serving(min(FIT_CONTEXT, config.max_positions))
     plan = make_plan(config, sharded(config, tensors), device, serving)
     return {
         "device": device.name,
+        "cards": serving.cards,
         "context": serving.context,
+        "concurrency": serving.concurrency,
+        "kv": serving.kv_dtype.value,
         "fits": plan.fits,
         "largest_context": plan.largest_context,
         "total_bytes": plan.total_bytes,

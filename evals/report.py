@@ -7,6 +7,7 @@ how the figures came about; a report is the dictionary that report.json holds.
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def render(report: Report) -> str:
         _header(report),
         _comparison(report),
         _depths(report),
+        _budget(report),
         _coverage(report),
         _rescues(report),
         _footer(report),
@@ -183,6 +185,32 @@ def _depth_cells(
         original, quantized = pooled(here)
         found.append(f"{100 * original:.0f} → {100 * quantized:.0f}")
     return found
+
+
+def _budget(report: Report) -> str:
+    """What was chosen for the bytes that there are, beside what recipes would take."""
+    found = part(report, "budget")
+    if not found:
+        return ""
+    schemes: dict[str, Counter[str]] = {}
+    for one in found["parts"]:
+        schemes.setdefault(one["component"], Counter())[one["scheme"]] += 1
+    goal = (
+        f"for {count(found['cards'])} x {found['device']}, {count(found['concurrency'])} x "
+        f"{count(found['context'])} tokens: room for {size(found['room_bytes'])} of weights"
+    )
+    lines = [_wrapped("precision   ", goal)]
+    for component, counted in schemes.items():
+        shares = ", ".join(f"{number} x {name}" for name, number in counted.most_common())
+        lines.append(_wrapped(f"  {component.replace('_', ' '):<14}", shares))
+    measured = part(report, "evidence", "likelihood").get("kl_mean")
+    rows: list[Row] = [("weights on a card", "bytes", "KL expected", "KL measured")]
+    chosen = ("this mix", size(found["weight_bytes"]), f"{found['expected']:.3g}")
+    rows.append((*chosen, "-" if measured is None else f"{measured:.3g}"))
+    for recipe in sorted(found["recipes"], key=lambda recipe: recipe["bytes"]):
+        expected = f"{recipe['expected']:.3g}"
+        rows.append((f"recipe {recipe['name']}", size(recipe["bytes"]), expected, "-"))
+    return "\n".join([*lines, _table(rows)])
 
 
 def _coverage(report: Report) -> str:

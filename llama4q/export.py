@@ -155,6 +155,13 @@ def quantized_already(folder: Path) -> str | None:
     return str(found.get("quant_method", "an unnamed method")) if found else None
 
 
+def refuse_quantized(folder: Path) -> None:
+    """Raises UserError for a checkpoint that is no original."""
+    method = quantized_already(folder)
+    if method is not None:
+        raise UserError(f"{folder}: is quantized already ({method}); name the BF16 original")
+
+
 def refuse_other_tools(folder: Path) -> None:
     """Raises UserError for a checkpoint in a format that llama4q does not read: neither plain nor
     compressed-tensors nor bitsandbytes."""

@@ -61,6 +61,13 @@ def find_device(name: str) -> Device:
     )
 
 
+def device_of(text: str) -> Device:
+    """A GPU by its name, or any other by its memory, as 80GB. Raises UserError for neither."""
+    if text[:1].isdigit():
+        return Device(text, memory_bytes(text))
+    return find_device(text)
+
+
 def memory_bytes(text: str) -> int:
     """Bytes of "80GB" (10^9), "79.1GiB" (2^30), "81559MiB". Raises UserError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())

@@ -59,6 +59,10 @@ class Store:
         """Which rows each batch has."""
         return [slice(start, stop) for start, stop in itertools.pairwise(self.starts)]
 
+    def first(self, count: int) -> Store:
+        """The first batches alone, of which a change is one of this store's."""
+        return Store(self.shapes[:count], self.dtype, self._rows, self.spool)
+
     def rows(self, where: Where) -> torch.Tensor:
         """`[n, width]`; to keep them while the store changes, clone them."""
         return self._rows.read(where).to(self.spool.device)

@@ -102,6 +102,11 @@ class MemoryPlan:
         return model + self.kv_bytes + self.workspace_bytes + self.overhead_bytes
 
     @property
+    def weight_room(self) -> int:
+        """The most bytes of weights with which it fits."""
+        return self.usable_bytes - (self.total_bytes - self.weight_bytes)
+
+    @property
     def fits(self) -> bool:
         return self.total_bytes <= self.usable_bytes
 

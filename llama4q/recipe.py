@@ -79,7 +79,11 @@ class Recipe:
 
     def scheme(self, component: Component, layer: int, num_layers: int) -> Scheme:
         """The scheme of `component` in decoder layer `layer` of a model with `num_layers`."""
-        chosen = self.schemes.get(component, BF16)
+        return self.named(component, layer, num_layers) or BF16
+
+    def named(self, component: Component, layer: int, num_layers: int) -> Scheme | None:
+        """The same, but None where the recipe does not speak of it."""
+        chosen = self.schemes.get(component)
         for override in self.overrides:
             if layer in override.layers or layer - num_layers in override.layers:
                 chosen = override.schemes.get(component, chosen)

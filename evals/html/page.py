@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..figures import Report
 from ..gate import Verdict
+from .budget import budget
 from .colours import css
 from .divergence import divergence
 from .element import Markup, element
@@ -22,7 +23,7 @@ from .memory import memory
 from .provenance import provenance, rescues
 from .retrieval import retrieval
 
-SECTIONS = (divergence, retrieval, layers, experts, memory, rescues, provenance)
+SECTIONS = (divergence, retrieval, layers, experts, budget, memory, rescues, provenance)
 
 
 def page(report: Report, verdict: Verdict | None = None) -> str:

@@ -24,6 +24,7 @@ class Series:
     class_: str  # its colour in the style sheet
     points: Sequence[tuple[float, float]]
     ranges: Sequence[tuple[float, float, float]] = ()
+    joined: bool = True  # by a line
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def lines(
     x: Axis, y: Axis, series: Sequence[Series], x_name: str, y_name: str, told: str,
     x_ticks: Sequence[float],
 ) -> Markup:  # fmt: skip
-    """Points joined by lines, of one or more series; `told` is the text alternative."""
+    """Points, joined by lines or not, of one or more series; `told` is the text alternative."""
     drawn: list[Markup | None] = [_rules(y)]
     for one in series:
         shown = [point for point in one.points if all(map(math.isfinite, point))]
@@ -47,7 +48,9 @@ def lines(
         drawn += (
             [
                 element("path", class_=f"range {one.class_}", d=ranges) if ranges else None,
-                element("path", class_=f"line {one.class_}", d="M" + "L".join(places)),
+                element("path", class_=f"line {one.class_}", d="M" + "L".join(places))
+                if one.joined
+                else None,
                 element("path", class_=f"dot {one.class_}", d="".join(f"M{at}h0" for at in places)),
             ]
             if places

@@ -1,0 +1,276 @@
+"""What each part of each layer loses in each scheme, from one pass over the original model.
+
+Measured on a few tokens, with weights that are rounded to nearest: how far a part's output is off,
+for every candidate, which is tr(dW H dW^T) of its weights together, without the Hessian; what such
+an error does in the end, by copies of the hidden states that take the error of the coarsest
+candidate in one part and go on through the original's later layers; and what the whole model loses
+in each candidate, by streams through rounded layers. Knows nothing of bytes, budgets or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from llama4q.config import ModelConfig
+from llama4q.hidden import Spool, Store
+from llama4q.model import DecoderLayer, Head, Linear, Mlp, Moe, attention, logits
+from llama4q.prefetch import prefetched
+from llama4q.schemes import Scheme, round_to_nearest
+from llama4q.stream import POSITIONS_AT_ONCE, Passing, attend, check_tokens
+from llama4q.weights import Component, LayerReader, served_inputs
+
+
+@dataclass(frozen=True)
+class PartLoss:
+    """One part of one layer: by scheme the error of its output as a share of the output's energy,
+    and the divergence of the predictions, in nats a token, that the coarsest one's makes alone."""
+
+    layer: int
+    component: Component
+    divergence: float
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """All parts; `uniform` is the divergence of the whole model rounded to one scheme, the coarsest
+    first."""
+
+    parts: tuple[PartLoss, ...]
+    uniform: Mapping[str, float]
+
+    def shares(self, part: PartLoss) -> dict[str, float]:
+        """A part's error in each scheme, as a share of the error of the coarsest model: those of
+        all parts add up, as errors of different weights have nothing to do with each other."""
+        total = sum(one.divergence for one in self.parts)
+        share = part.divergence / total
+        return {name: share * self._ratio(part, name) for name in part.errors}
+
+    def divergence(self, error: float) -> float:
+        """Nats a token that a model loses whose parts have shares of `error` together."""
+        return float(self.uniform[self.coarsest] * error**self.power)
+
+    @property
+    def coarsest(self) -> str:
+        return next(iter(self.uniform))
+
+    @property
+    def power(self) -> float:
+        """Of the error, with which the divergence grows, by least squares over uniform models.
+
+        It would be 1 if predictions were smooth, but a small error already sends some tokens to
+        another expert; how many goes with its square root.
+        """
+        points = []
+        for name, divergence in self.uniform.items():
+            error = sum(self.shares(part)[name] for part in self.parts)
+            points.append((math.log(error), math.log(divergence / self.uniform[self.coarsest])))
+        return sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+
+    def _ratio(self, part: PartLoss, name: str) -> float:
+        return part.errors[name] / part.errors[self.coarsest]
+
+    def to_json(self) -> dict[str, Any]:
+        parts = [{**asdict(part), "component": part.component.value} for part in self.parts]
+        return {"parts": parts, "uniform": dict(self.uniform)}
+
+
+def sensitivity_from_json(raw: Mapping[str, Any]) -> Sensitivity:
+    """What `Sensitivity.to_json` has written."""
+    parts = [
+        PartLoss(**{**part, "component": Component(part["component"])}) for part in raw["parts"]
+    ]
+    return Sensitivity(tuple(parts), raw["uniform"])
+
+
+@torch.inference_mode()
+def measure(
+    reader: LayerReader,
+    tokens: torch.Tensor,
+    candidates: Sequence[Scheme],
+    spool: Spool,
+    layer_done: Callable[[], None],
+) -> Sensitivity:
+    """On tokens `[S, T]`, for all candidates, the coarsest first."""
+    check_tokens(reader.config.vocab_size, tokens)
+    probe = Probe(reader.config, candidates, reader.embedding()[tokens], spool)
+    for layer in prefetched(reader.layer, range(reader.config.num_layers)):
+        probe.layer(layer)
+        layer_done()
+    return probe.finish(reader.head())
+
+
+class Probe:
+    """Hidden states on their way: the original's, its copies with the error of one part each, and
+    those of the model that is rounded to each candidate."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        candidates: Sequence[Scheme],
+        embedded: torch.Tensor,
+        spool: Spool,
+    ) -> None:
+        """`embedded` is `[S, T, D]`."""
+        self.config = config
+        self.candidates = candidates
+        parts = sum(3 if i in config.moe_layers else 2 for i in range(config.num_layers))
+        shape = tuple(embedded.shape)
+        self.copies = spool.store([shape] * (1 + parts), embedded.dtype)  # the original is first
+        self.copies[0] = embedded
+        self.begun = 1
+        self.rounded = {scheme: spool.store([shape], embedded.dtype) for scheme in candidates}
+        for stream in self.rounded.values():
+            stream[0] = embedded
+        self.tokens = embedded.shape[0] * embedded.shape[1]
+        self.found: list[tuple[int, Component, Differences]] = []
+
+    def layer(self, layer: DecoderLayer) -> None:
+        """All of them through a layer; copies begin behind each of its parts."""
+        self._attend(layer)
+        passing = self._passing(layer, self.copies.first(self.begun))
+        rounded = {scheme: self._passing(layer, stream) for scheme, stream in self.rounded.items()}
+        differences: dict[Component, Differences] = {}
+        for component, number, network in _networks(layer.feed_forward):
+            passing.through(network, number)
+            found = differences.setdefault(component, self._differences())
+            rows = self._rows(passing, number)
+            inputs = passing.inputs(rows) if number is None else passing.scaled(rows)
+            found.begin(rows, _with(network, _exact)(inputs.float()))
+            for scheme, stream in rounded.items():
+                served = _with(network, partial(_rounded, scheme=scheme))
+                found.add(scheme, served(inputs.float()))
+                stream.through(_with(served, partial(_cast, dtype=passing.dtype)), number)
+        passing.finish()
+        for stream in rounded.values():
+            stream.finish()
+        for component, found in differences.items():
+            self._begin(layer.index, component, found)
+
+    def _passing(self, layer: DecoderLayer, hidden: Store) -> Passing:
+        return Passing(self.config, layer, hidden)
+
+    def _rows(self, passing: Passing, expert: int | None) -> torch.Tensor:
+        """The original's tokens that a part sees."""
+        if expert is None:
+            return torch.arange(self.tokens)
+        assert passing.routing is not None
+        rows = passing.routing.rows(expert)
+        return rows[rows < self.tokens]
+
+    def _attend(self, layer: DecoderLayer) -> None:
+        found = self._differences()
+        inputs = self._mixed(layer, self.copies[0]).flatten(0, 1)
+        found.begin(slice(None), _exact(layer.o)(inputs.float()))
+        for scheme, stream in self.rounded.items():
+            served = _rounded(layer.o, scheme)
+            found.add(scheme, served(inputs.float()))
+            self._through(layer, stream, _cast(served, inputs.dtype))
+        self._through(layer, self.copies.first(self.begun), layer.o)
+        self._begin(layer.index, Component.O_PROJ, found)
+
+    def _through(self, layer: DecoderLayer, hidden: Store, output: Linear) -> None:
+        attend(hidden, (self._mixed(layer, batch) for batch in hidden), output)
+
+    def _mixed(self, layer: DecoderLayer, batch: torch.Tensor) -> torch.Tensor:
+        return attention(self.config, layer, batch)
+
+    def _differences(self) -> Differences:
+        return Differences(self.candidates, self.copies[0].flatten(0, 1))
+
+    def _begin(self, index: int, component: Component, found: Differences) -> None:
+        """A copy of the original that is off by the coarsest candidate's error."""
+        plain = self.copies[0]
+        self.copies[self.begun] = plain + found.error.view_as(plain).to(plain.dtype)
+        self.begun += 1
+        self.found.append((index, component, found))
+
+    def finish(self, head: Head) -> Sensitivity:
+        """What came of each."""
+        copies = [self.copies.rows(where) for where in self.copies.slices()[1:]]
+        rounded = [stream.rows(slice(None)) for stream in self.rounded.values()]
+        divergence = self._divergence(head, [*copies, *rounded])
+        parts = [
+            PartLoss(index, component, diverged, found.errors())
+            for (index, component, found), diverged in zip(self.found, divergence, strict=False)
+        ]
+        names = [scheme.name for scheme in self.rounded]
+        uniform = dict(zip(names, divergence[len(parts) :], strict=True))
+        return Sensitivity(tuple(parts), uniform)
+
+    def _divergence(self, head: Head, others: Sequence[torch.Tensor]) -> list[float]:
+        """KL(original || other) of each of `others`, `[N, D]` before the head; nats a token."""
+        plain = self.copies[0].flatten(0, 1)
+        totals = [0.0] * len(others)
+        for start in range(0, self.tokens, POSITIONS_AT_ONCE):
+            where = slice(start, start + POSITIONS_AT_ONCE)
+            wanted = self._predicted(head, plain[where])
+            for number, other in enumerate(others):
+                found = self._predicted(head, other[where])
+                lost = functional.kl_div(found, wanted, reduction="sum", log_target=True)
+                totals[number] += float(lost)
+        return [total / self.tokens for total in totals]
+
+    def _predicted(self, head: Head, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.log_softmax(logits(self.config, head, hidden).float(), dim=-1)
+
+
+class Differences:
+    """How far a part's output is off, in F32, for each candidate; the coarsest's error is kept."""
+
+    def __init__(self, candidates: Sequence[Scheme], like: torch.Tensor) -> None:
+        self.coarsest = candidates[0]
+        self.error = torch.zeros_like(like, dtype=torch.float32)  # [N, D]
+        self.squares = dict.fromkeys((scheme.name for scheme in candidates), 0.0)
+        self.energy = 0.0
+
+    def begin(self, rows: slice | torch.Tensor, wanted: torch.Tensor) -> None:
+        """What the original's part makes of some rows, `[n, D]`."""
+        self.rows, self.wanted = rows, wanted
+        self.energy += float(wanted.square().sum())
+
+    def add(self, scheme: Scheme, found: torch.Tensor) -> None:
+        """What it makes of them in a scheme."""
+        off = found - self.wanted
+        self.squares[scheme.name] += float(off.square().sum())
+        if scheme is self.coarsest:
+            self.error[self.rows] += off
+
+    def errors(self) -> dict[str, float]:
+        """By scheme, as a share of the output's energy."""
+        return {name: squares / self.energy for name, squares in self.squares.items()}
+
+
+def _networks(network: Mlp | Moe) -> Iterator[tuple[Component, int | None, Mlp]]:
+    """The parts of a feed-forward; an expert with its number."""
+    if isinstance(network, Mlp):
+        yield Component.DENSE, None, network
+        return
+    yield Component.SHARED_EXPERT, None, network.shared
+    for number, expert in enumerate(network.experts):
+        yield Component.EXPERTS, number, expert
+
+
+def _with(mlp: Mlp, change: Callable[[Linear], Linear]) -> Mlp:
+    return Mlp(change(mlp.gate_up), change(mlp.down))
+
+
+def _exact(linear: Linear) -> Linear:
+    return Linear(linear.weight.float())
+
+
+def _rounded(linear: Linear, scheme: Scheme) -> Linear:
+    """As an engine applies it when its weights are rounded to nearest; in F32."""
+    found = round_to_nearest(linear.weight, scheme)
+    return Linear(found.dequantize(), served_inputs(scheme))
+
+
+def _cast(linear: Linear, dtype: torch.dtype) -> Linear:
+    return Linear(linear.weight.to(dtype), linear.quantize_input)

@@ -1,0 +1,196 @@
+"""How a checkpoint is to be served: the engine's options, and the precision chosen for them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from calibrate.budget import Choice, Goal
+    from calibrate.sensitivity import Sensitivity
+    from llama4q.config import ModelConfig
+    from llama4q.gpus import Device
+    from llama4q.kv_cache import KVDtype
+    from llama4q.machine import Memory
+    from llama4q.memory import Serving
+    from llama4q.recipe import Recipe
+    from llama4q.source import Source
+
+CONTEXT = 131072  # tokens
+PROBE_SEQUENCES, PROBE_LENGTH = 2, 512  # tokens; more changes little (NOTES.md, 2026-11-28)
+MEASURED = "sensitivity.json"  # in the work folder
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Options of an engine; what was not named is its own default."""
+
+    kv: str | None
+    no_hybrid: bool
+    named: Mapping[str, Any]
+
+    def serving(self, context: int, kv_dtype: KVDtype) -> Serving:
+        """Of requests of so many tokens; keys and values are stored as named, or else so.
+
+        Raises UserError for values that no engine takes.
+        """
+        from llama4q.kv_cache import KVDtype
+        from llama4q.memory import Serving
+
+        chosen = KVDtype(self.kv) if self.kv else kv_dtype
+        return Serving(context, kv_dtype=chosen, hybrid=not self.no_hybrid, **self.named)
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say how an engine is started, which the command gets as its `engine`."""
+
+    @functools.wraps(command)
+    def with_engine(*, kv: str | None, no_hybrid: bool, **others: Any) -> None:
+        named = {key: others.pop(key) for key in _NAMED}
+        given = {key: value for key, value in named.items() if value is not None}
+        command(engine=Engine(kv, no_hybrid, given), **others)
+
+    for option in reversed(_OPTIONS):
+        with_engine = option(with_engine)
+    return with_engine
+
+
+_NAMED = ("cards", "concurrency", "batched_tokens", "utilization", "positions", "block_tokens")
+_OPTIONS = (
+    click.option(
+        "--gpus", "cards", default=1, show_default=True, help="How many of them, tensor parallel."
+    ),
+    click.option("--concurrency", default=1, show_default=True, help="Such requests at once."),
+    click.option(
+        "--kv", type=click.Choice(["bf16", "fp8"]),
+        help="How the engine stores keys and values.  [default: as the checkpoint says, else bf16]",
+    ),
+    click.option(
+        "--batched-tokens", type=int, help="Of one step.  [default: vLLM's on that device]"
+    ),
+    click.option(
+        "--utilization", type=float, help="Share of the device's memory.  [default: 0.92]"
+    ),
+    click.option(
+        "--positions", type=int, help="Of the rotary table.  [default: the model's own]"
+    ),
+    click.option(
+        "--block-size", "block_tokens", type=int, help="Tokens of a block.  [default: 16]"
+    ),
+    click.option("--no-hybrid", is_flag=True, help="Chunked layers keep all tokens, too."),
+)  # fmt: skip
+
+
+def default_context(config: ModelConfig) -> int:
+    """Tokens of one request where nobody named a number."""
+    return min(CONTEXT, config.max_positions)
+
+
+def no_schemes() -> Recipe:
+    """What a goal is reached from where no recipe is named."""
+    from llama4q.recipe import Recipe
+
+    return Recipe("fit", "nothing is decided yet", {})
+
+
+def goal_of(
+    source: Source, device: Device, context: int | None, engine: Engine, recipe: Recipe
+) -> Goal:
+    """Raises UserError for what is quantized already."""
+    from calibrate.budget import Goal
+    from llama4q.config import read_config
+    from llama4q.export import refuse_quantized
+    from llama4q.kv_cache import KVDtype
+
+    refuse_quantized(source.folder)
+    config = read_config(source.folder)
+    serving = engine.serving(context or default_context(config), KVDtype.BF16)
+    return Goal(config, source.checkpoint().infos, device, serving, recipe)
+
+
+def range_told(goal: Goal) -> str:
+    """What can be chosen from, before anything is measured."""
+    from calibrate.allocate import smallest
+    from calibrate.budget import menu
+
+    found = menu(goal)
+    most = sum(max(option.nbytes for option in part.options) for part in found.parts)
+    low, high = (found.rest_bytes + nbytes for nbytes in (smallest(found.parts).nbytes, most))
+    return (
+        f"precision is chosen after a first pass over the original: mixes have {low / 1e9:.2f} to "
+        f"{high / 1e9:.2f} GB of weights on a card, of {found.room_bytes / 1e9:.2f} GB"
+    )
+
+
+def told(choice: Choice) -> str:
+    """What was chosen, in lines for a terminal: how many parts have which scheme."""
+    counted: dict[str, Counter[str]] = {}
+    for part, option in zip(choice.menu.parts, choice.mix.options, strict=True):
+        counted.setdefault(part.component.value, Counter())[option.scheme] += 1
+    lines = [
+        f"chosen: {choice.weight_bytes / 1e9:.3f} GB of weights on a card, "
+        f"of {choice.menu.room_bytes / 1e9:.3f} GB; expected KL {choice.expected:.2g} nats a token"
+    ]
+    for component, schemes in counted.items():
+        shares = ", ".join(f"{number} x {name}" for name, number in schemes.most_common())
+        lines.append(f"  {component:14}{shares}")
+    return "\n".join(lines)
+
+
+def measured(
+    goal: Goal,
+    source: Source,
+    folder: Path,
+    tokens: torch.Tensor,
+    dtype: str,
+    device: torch.device,
+    memory: Memory,
+) -> Sensitivity:
+    """What each part loses in each scheme, on a few of the calibration tokens `[S, T]`; from the
+    work folder, where an earlier start of the same run has measured it."""
+    from tqdm import tqdm
+
+    from calibrate.run import DTYPES
+    from calibrate.sensitivity import measure, sensitivity_from_json
+    from llama4q import __version__
+    from llama4q.hidden import Spool
+    from llama4q.weights import LayerReader
+    from llama4q.writer import WORK, to_json, write_atomically, writing
+
+    length = min(PROBE_LENGTH, tokens.shape[1])
+    probe = tokens[: -(-PROBE_SEQUENCES * PROBE_LENGTH // length), :length]
+    schemes = goal.schemes()
+    key = {
+        "llama4q": __version__,
+        "source": source.identity(),
+        "tokens": hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
+        "schemes": [scheme.name for scheme in schemes],
+        "dtype": dtype,
+        "device": device.type,
+    }
+    path = folder / WORK / MEASURED
+    if path.exists() and (found := json.loads(path.read_bytes()))["key"] == key:
+        return sensitivity_from_json(found["sensitivity"])
+    with writing(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    reader = LayerReader(source.checkpoint(device), goal.config, DTYPES[dtype])
+    spool = Spool(memory.rows, path.parent, device, memory.on_device)
+    with tqdm(total=goal.config.num_layers, desc="measuring what parts lose", unit="layer") as bar:
+
+        def layer_done() -> None:
+            bar.update()
+
+        sensitivity = measure(reader, probe, schemes, spool, layer_done)
+    with writing(folder):
+        write_atomically(path, to_json({"key": key, "sensitivity": sensitivity.to_json()}))
+    return sensitivity
