@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from llama4q.weights import Component
 
 GAP = 1e-4  # of the least error: near enough
-STEPS = 12  # of the frontier
+STEPS = 24  # of the frontier
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ def budget(report: Report) -> Section | None:
     found = part(report, "budget")
     if not found:
         return None
-    cards = f"{count(found['cards'])} × {found['device']}"
+    cards = f"{count(found['cards'])}\u00a0×\u00a0{found['device']}"
+    requests = f"{count(found['concurrency'])}\u00a0×\u00a0{count(found['context'])} tokens"
     return section(
         "Precision",
         said(
             f"Each part of each layer got the precision with which the model fits {cards} with "
-            f"{count(found['concurrency'])} × {count(found['context'])} tokens and loses least: "
-            f"{size(found['weight_bytes'])} of weights on a card, where there is room for "
-            f"{size(found['room_bytes'])}."
+            f"{requests} and loses least: {size(found['weight_bytes'])} of weights on a card, "
+            f"where there is room for {size(found['room_bytes'])}."
         ),
         _frontier(found, part(report, "evidence", "likelihood")),
         _parts(found["parts"]),
@@ -48,11 +48,11 @@ def _frontier(found: Record, likelihood: Record) -> Markup:
     here = found["weight_bytes"] / unit
     ranges = [] if measured is None or interval is None else [(here, *interval)]
     series = [
-        Series("best mixes, expected", "s1", points(found["frontier"])),
+        Series("best mixes, expected", "s0", points(found["frontier"])),
         Series("recipes, expected", "s2", points(found["recipes"]), joined=False),
         Series("this one, expected", "s3", [(here, found["expected"])], joined=False),
         Series(
-            "this one, measured", "s0", [] if measured is None else [(here, measured)], ranges,
+            "this one, measured", "s1", [] if measured is None else [(here, measured)], ranges,
             joined=False,
         ),
     ]  # fmt: skip

@@ -51,7 +51,11 @@ def lines(
                 element("path", class_=f"line {one.class_}", d="M" + "L".join(places))
                 if one.joined
                 else None,
-                element("path", class_=f"dot {one.class_}", d="".join(f"M{at}h0" for at in places)),
+                element(
+                    "path",
+                    class_=f"dot {one.class_}" if one.joined else f"dot {one.class_} alone",
+                    d="".join(f"M{at}h0" for at in places),
+                ),
             ]
             if places
             else []
