@@ -99,7 +99,8 @@ def budgets(goal: Goal, choice: Choice) -> Iterator[tuple[str, Choice]]:
     for share in BUDGETS:
         room = int(low + share * (high - low))
         spare = goal.plan(goal.infos).weight_room - room
-        device = Device("budget", goal.device.total_bytes - spare)
+        total = goal.device.total_bytes - int(spare / goal.serving.utilization)
+        device = Device("budget", total)
         fitting = Goal(goal.config, goal.infos, device, goal.serving, goal.recipe)
         yield f"chosen for {room / 1e6:.2f} MB", choose(fitting, choice.sensitivity)
 
