@@ -18,8 +18,10 @@ import torch
 
 from llama4q.bnb import BnbWeight
 from llama4q.config import ModelConfig
+from llama4q.float8_cache import Float8Cache, covering
 from llama4q.hidden import Store
-from llama4q.model import DecoderLayer, Linear, Mlp, Moe, attention
+from llama4q.kv_cache import KVDtype
+from llama4q.model import DecoderLayer, Linear, Mlp, Moe, attention, largest_keys_values
 from llama4q.packing import StoredWeight, pack
 from llama4q.prefetch import prefetched
 from llama4q.recipe import Recipe
@@ -62,6 +64,7 @@ def joined(parts: Iterable[Part]) -> Part:
 class Written(Protocol):
     """Reads what earlier runs have written of a layer."""
 
+    def cache(self, index: int) -> Float8Cache | None: ...
     def linear(self, name: str, inputs: int, outputs: int) -> Linear: ...
     def mlp(self, prefix: str, size: int) -> Mlp: ...
     def expert(self, index: int, number: int) -> Mlp: ...
@@ -97,6 +100,7 @@ class LayerQuantizer:
     ) -> None:
         self.config = config
         self.layer = layer
+        self.kv_cache = recipe.kv_cache
         self.dtype = layer.post_norm.dtype
         self.solver = recipe.solver
         self.prefix = config.layer_prefix(layer.index)
@@ -206,12 +210,15 @@ class LayerQuantizer:
             rescue(one)
 
     def _attend(self, streams: Streams, written: Written | None) -> None:
-        """Both streams through the attention, whose output projection is quantized on the way."""
+        """Both streams through the attention, whose output projection is quantized on the way, and
+        whose keys and values get their scales."""
         output = self.layer.o
         name = f"{self.prefix}self_attn.o_proj"
         scheme = self.schemes[Component.O_PROJ]
         served, plain = streams.served, streams.plain
-        mixed, mixed_plain = self._mixed(served), self._mixed(plain)
+        cache = self._cache(streams, written)
+        mixed = self._mixed(dataclasses.replace(self.layer, cache=cache), served)
+        mixed_plain = self._mixed(self.layer, plain)
         if written is not None:
             output = written.linear(name, *output.weight.shape)
         elif scheme.quantizes:
@@ -235,8 +242,20 @@ class LayerQuantizer:
         attend(served, mixed, output)
         attend(plain, mixed_plain, self.layer.o)
 
-    def _mixed(self, stream: Store) -> Iterator[torch.Tensor]:
-        return (attention(self.config, self.layer, batch) for batch in stream)
+    def _cache(self, streams: Streams, written: Written | None) -> Float8Cache | None:
+        """The scales of keys and values at which none of any rank's tokens saturates."""
+        if self.kv_cache is not KVDtype.FP8:
+            return None
+        if written is not None:
+            return written.cache(self.layer.index)
+        own = [largest_keys_values(self.config, self.layer, batch) for batch in streams.served]
+        every = streams.dealt.ranks.everyone(own)
+        cache = covering(pair for pairs in every for pair in pairs)
+        self.part.tensors += cache.tensors(f"{self.prefix}self_attn")
+        return cache
+
+    def _mixed(self, layer: DecoderLayer, stream: Store) -> Iterator[torch.Tensor]:
+        return (attention(self.config, layer, batch) for batch in stream)
 
     def _kept(self, mixed: Iterator[torch.Tensor], stream: Store) -> Store:
         """The attention's outputs for all of a stream, for two passes over them."""

@@ -194,26 +194,24 @@ class Probe:
 
     def finish(self, head: Head) -> Sensitivity:
         """What came of each."""
-        copies = [self.copies.rows(where) for where in self.copies.slices()[1:]]
-        rounded = [stream.rows(slice(None)) for stream in self.rounded.values()]
-        divergence = self._divergence(head, [*copies, *rounded])
+        copies = [(self.copies, where.start) for where in self.copies.slices()[1:]]
+        divergence = self._divergence(head, copies)
         parts = [
             PartLoss(index, component, diverged, found.errors())
-            for (index, component, found), diverged in zip(self.found, divergence, strict=False)
+            for (index, component, found), diverged in zip(self.found, divergence, strict=True)
         ]
         names = [scheme.name for scheme in self.rounded]
-        uniform = dict(zip(names, divergence[len(parts) :], strict=True))
-        return Sensitivity(tuple(parts), uniform)
+        uniform = self._divergence(head, [(stream, 0) for stream in self.rounded.values()])
+        return Sensitivity(tuple(parts), dict(zip(names, uniform, strict=True)))
 
-    def _divergence(self, head: Head, others: Sequence[torch.Tensor]) -> list[float]:
-        """KL(original || other) of each of `others`, `[N, D]` before the head; nats a token."""
-        plain = self.copies[0].flatten(0, 1)
+    def _divergence(self, head: Head, others: Sequence[tuple[Store, int]]) -> list[float]:
+        """KL(original || other), nats a token, of hidden states that begin at a row of a store."""
         totals = [0.0] * len(others)
         for start in range(0, self.tokens, POSITIONS_AT_ONCE):
-            where = slice(start, start + POSITIONS_AT_ONCE)
-            wanted = self._predicted(head, plain[where])
-            for number, other in enumerate(others):
-                found = self._predicted(head, other[where])
+            stop = min(start + POSITIONS_AT_ONCE, self.tokens)
+            wanted = self._predicted(head, self.copies.rows(slice(start, stop)))
+            for number, (store, first) in enumerate(others):
+                found = self._predicted(head, store.rows(slice(first + start, first + stop)))
                 lost = functional.kl_div(found, wanted, reduction="sum", log_target=True)
                 totals[number] += float(lost)
         return [total / self.tokens for total in totals]

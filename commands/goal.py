@@ -110,11 +110,10 @@ def goal_of(
     from calibrate.budget import Goal
     from llama4q.config import read_config
     from llama4q.export import refuse_quantized
-    from llama4q.kv_cache import KVDtype
 
     refuse_quantized(source.folder)
     config = read_config(source.folder)
-    serving = engine.serving(context or default_context(config), KVDtype.BF16)
+    serving = engine.serving(context or default_context(config), recipe.kv_cache)
     return Goal(config, source.checkpoint().infos, device, serving, recipe)
 
 

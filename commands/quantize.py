@@ -151,7 +151,6 @@ def quantize(
     from llama4q.device import use_device
     from llama4q.gpus import device_of
     from llama4q.hub import POCKET, resolve, resolve_remote
-    from llama4q.kv_cache import KVDtype
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
     from llama4q.text import load_tokenizer
@@ -180,7 +179,7 @@ def quantize(
         chosen = adjusted(
             load_recipe(recipe) if recipe else no_schemes() if goal else load_recipe(RECIPE),
             text=calibration, samples=samples, length=length, seed=seed, candidates=candidates,
-            method=method,
+            method=method, kv_cache=engine.kv,
         )  # fmt: skip
         target = device_of(gpu or goal or GPU)
         check_schemes(chosen)  # all before anything is downloaded
@@ -200,7 +199,7 @@ def quantize(
         drawn = drawn_tokens(settings, tokenizer)
         questions = questions_of(tokenizer, config, **measured_on)
         plan = _plan(original, config, chosen, drawn, questions, ranks)
-        serving = engine.serving(context or default_context(config), KVDtype.BF16)
+        serving = engine.serving(context or default_context(config), chosen.kv_cache)
         return Prepared(
             chosen, wanted, original, config, folder, drawn, questions, plan, target, serving
         )

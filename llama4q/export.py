@@ -14,6 +14,7 @@ from typing import Any
 from . import bnb, licence
 from .config import ModelConfig, read_config_json
 from .errors import UserError
+from .kv_cache import KVDtype
 from .manifest import MANIFEST
 from .recipe import Recipe, planned
 from .schemes import Kind, Scheme
@@ -74,11 +75,16 @@ def quantization_config(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
         "format": "pack-quantized" if packed else "float-quantized",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _KV_CACHE if recipe.kv_cache is KVDtype.FP8 else None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+_KV_CACHE = {
+    "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
+}  # fmt: skip
 
 
 def _left_in_bf16(layers: LayersByScheme) -> list[str]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -65,6 +66,13 @@ class Moe:
     shared: Mlp
 
 
+class Cache(Protocol):
+    """What an engine makes of keys and values when it stores them."""
+
+    def keys(self, keys: torch.Tensor) -> torch.Tensor: ...
+    def values(self, values: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class DecoderLayer:
     """The weights of one decoder layer; `feed_forward` is dense or a mixture of experts."""
@@ -77,6 +85,7 @@ class DecoderLayer:
     o: Linear
     post_norm: torch.Tensor
     feed_forward: Mlp | Moe
+    cache: Cache | None = None  # None: keys and values are kept as they are
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,21 @@ def _keys_values(
     if layer.index in config.rope_layers:
         positions = torch.arange(span.start, span.stop, device=normed.device)
         k = _with_positions(config, k, positions)
+    if layer.cache is not None:
+        return layer.cache.keys(k), layer.cache.values(v)
     return k, v
+
+
+def largest_keys_values(
+    config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
+) -> tuple[float, float]:
+    """The largest size of a key and of a value that hidden states `[S, T, D]` give."""
+    found = []
+    for span in _spans(0, hidden.shape[1], POSITIONS_TOGETHER):
+        normed = rms_norm(hidden[:, span], layer.input_norm, config.rms_eps)
+        found.append([float(x.abs().max()) for x in _keys_values(config, layer, normed, span)])
+    keys, values = zip(*found, strict=True)
+    return max(keys), max(values)
 
 
 def _with_positions(

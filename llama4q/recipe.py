@@ -19,6 +19,7 @@ from typing import Any
 from . import bnb
 from .config import ModelConfig
 from .errors import UserError, nearest
+from .kv_cache import KVDtype
 from .schemes import BF16, SCHEMES, Scheme
 from .weights import Component, LinearName, linears
 
@@ -76,6 +77,7 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
     solver: Solver = Solver()
+    kv_cache: KVDtype = KVDtype.BF16  # FP8: with a scale for keys and one for values a layer
 
     def scheme(self, component: Component, layer: int, num_layers: int) -> Scheme:
         """The scheme of `component` in decoder layer `layer` of a model with `num_layers`."""
@@ -93,6 +95,7 @@ class Recipe:
         """For reports and to tell one run from another."""
         return {
             "name": self.name,
+            "kv_cache": self.kv_cache.value,
             "schemes": _scheme_names(self.schemes),
             "overrides": [
                 {"layers": list(override.layers), **_scheme_names(override.schemes)}
@@ -150,7 +153,9 @@ def recipe_from_json(raw: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _recipe(raw: Mapping[str, Any], where: str) -> Recipe:
-    _refuse_unknown(raw, ("name", "description", "schemes", "override", *_SECTIONS), where, "")
+    _refuse_unknown(
+        raw, ("name", "description", "kv_cache", "schemes", "override", *_SECTIONS), where, ""
+    )
     if not isinstance(raw.get("schemes"), Mapping):
         raise UserError(f"{where}: no [schemes]; name at least one of {_names(Component)}")
     overrides = raw.get("override", [])
@@ -163,6 +168,7 @@ def _recipe(raw: Mapping[str, Any], where: str) -> Recipe:
         overrides=tuple(_override(entry, where) for entry in overrides),
         calibration=_section(Calibration, raw.get("calibration", {}), where, "calibration"),
         solver=_section(Solver, raw.get("solver", {}), where, "solver"),
+        kv_cache=_kv_dtype(raw.get("kv_cache", KVDtype.BF16.value), where),
     )
 
 
@@ -184,6 +190,12 @@ def _schemes(raw: Mapping[str, Any], where: str, section: str) -> dict[Component
             )
         found[Component(key)] = SCHEMES[value]
     return found
+
+
+def _kv_dtype(value: object, where: str) -> KVDtype:
+    if value not in list(KVDtype):
+        raise UserError(f"{where}: kv_cache is {value!r}, which is none of {_names(KVDtype)}")
+    return KVDtype(str(value))
 
 
 def _override(raw: Mapping[str, Any], where: str) -> Override:
@@ -242,6 +254,7 @@ def adjusted(
     seed: int | None = None,
     candidates: int | None = None,
     method: str | None = None,
+    kv_cache: str | None = None,
 ) -> Recipe:
     """The recipe with the settings that were named on the command line; None leaves one alone."""
     drawn: dict[str, Any] = {
@@ -252,7 +265,8 @@ def adjusted(
     solver = recipe.solver
     if method is not None:
         solver = dataclasses.replace(solver, method=Method(method))
-    return dataclasses.replace(recipe, calibration=calibration, solver=solver)
+    kept = recipe.kv_cache if kv_cache is None else KVDtype(kv_cache)
+    return dataclasses.replace(recipe, calibration=calibration, solver=solver, kv_cache=kept)
 
 
 def planned(recipe: Recipe, config: ModelConfig, layer: int) -> list[tuple[LinearName, Scheme]]:
@@ -269,6 +283,11 @@ def check_schemes(recipe: Recipe) -> None:
     used = {scheme for schemes in chosen for scheme in schemes.values() if scheme.quantizes}
     if not any(scheme.bitsandbytes for scheme in used):
         return
+    if recipe.kv_cache is KVDtype.FP8:
+        raise UserError(
+            f"recipe {recipe.name}: bitsandbytes' checkpoints have no scales for an FP8 KV cache; "
+            f"leave out kv_cache and --kv, or take another scheme"
+        )
     if len(used) > 1:
         raise UserError(
             f"recipe {recipe.name}: mixes {' and '.join(sorted(scheme.name for scheme in used))}; "

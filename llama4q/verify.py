@@ -15,9 +15,11 @@ from . import bnb
 from .checkpoint import Checkpoint, TensorInfo, sha256
 from .config import ModelConfig
 from .errors import UserError
+from .float8_cache import KEY, VALUE
+from .kv_cache import KVDtype
 from .recipe import Recipe, planned
 from .schemes import FLOAT8, Kind, Scheme
-from .weights import layer_of
+from .weights import attention_name, layer_of
 
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -94,9 +96,13 @@ def _check_bitsandbytes(written: Checkpoint, config: ModelConfig, recipe: Recipe
 
 
 def converted_tensors(config: ModelConfig, recipe: Recipe) -> Expected:
-    """The tensors that replace the source's: quantized linears, and unfused BF16 experts."""
+    """The tensors that replace the source's: quantized linears, and unfused BF16 experts; and the
+    scales of keys and values."""
     expected: Expected = {}
     for index in range(config.num_layers):
+        if recipe.kv_cache is KVDtype.FP8:
+            for scale in (KEY, VALUE):
+                expected[f"{attention_name(config, index)}.{scale}"] = (torch.float32, (1,))
         for linear, scheme in planned(recipe, config, index):
             if scheme.quantizes:
                 expected |= _stored(linear.name, linear.inputs, linear.outputs, scheme)

@@ -18,6 +18,7 @@ from . import bnb, foreign
 from .checkpoint import Checkpoint, TensorInfo
 from .config import ModelConfig
 from .errors import UserError
+from .float8_cache import KEY, Float8Cache, read_cache
 from .foreign import ForeignSchemes
 from .model import DecoderLayer, Head, Linear, Mlp, Moe
 from .packing import is_quantized, unpack
@@ -51,7 +52,15 @@ class LayerReader:
             o=self.linear(f"{prefix}self_attn.o_proj", heads, width),
             post_norm=self.vector(f"{prefix}post_attention_layernorm.weight", width),
             feed_forward=self.feed_forward(index),
+            cache=self.cache(index),
         )
+
+    def cache(self, index: int) -> Float8Cache | None:
+        """How an engine keeps keys and values; None where it keeps them as they are."""
+        attention = attention_name(self.config, index)
+        if f"{attention}.{KEY}" not in self.checkpoint:
+            return None
+        return read_cache(self.checkpoint.get, attention)
 
     def feed_forward(self, index: int) -> Mlp | Moe:
         prefix = f"{self.config.layer_prefix(index)}feed_forward"
@@ -304,6 +313,10 @@ def router_names(config: ModelConfig, index: int) -> tuple[str, str]:
     """The norm before an expert layer's feed-forward, and its router."""
     prefix = config.layer_prefix(index)
     return f"{prefix}post_attention_layernorm.weight", f"{prefix}feed_forward.router.weight"
+
+
+def attention_name(config: ModelConfig, index: int) -> str:
+    return f"{config.layer_prefix(index)}self_attn"
 
 
 def layer_of(config: ModelConfig, name: str) -> int | None:
