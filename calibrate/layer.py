@@ -110,6 +110,7 @@ class LayerQuantizer:
         }
         self.router_views = router_views
         self.order = self._order(layer.index)  # once for all of the layer's experts
+        self.cache: Float8Cache | None = None  # known when the layer is done
         self.part = Part()
         self.coder = Coder(recipe.solver, self._report, self._rescue)
         self.progress = report, rescue
@@ -216,8 +217,8 @@ class LayerQuantizer:
         name = f"{self.prefix}self_attn.o_proj"
         scheme = self.schemes[Component.O_PROJ]
         served, plain = streams.served, streams.plain
-        cache = self._cache(streams, written)
-        mixed = self._mixed(dataclasses.replace(self.layer, cache=cache), served)
+        self.cache = self._cache(streams, written)
+        mixed = self._mixed(dataclasses.replace(self.layer, cache=self.cache), served)
         mixed_plain = self._mixed(self.layer, plain)
         if written is not None:
             output = written.linear(name, *output.weight.shape)

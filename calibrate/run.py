@@ -243,6 +243,7 @@ class Run:
                 "layer": index,
                 "expert_tokens": counts,
                 "hidden_error": stream_error(streams, self.ranks),
+                "kv_scales": None if quantizer.cache is None else quantizer.cache.to_json(),
             }
             self.written.write(whole, [], memory)
         return not parts.replayed

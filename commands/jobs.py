@@ -33,6 +33,7 @@ UNITS = {
     "error": "share of the wanted output's energy, on calibration tokens held out of the solver",
     "rounding_error": "the same for plain rounding",
     "hidden_error": "|x - y|^2 / |x|^2 of the hidden states after the layer",
+    "kv_scales": "what one step of E4M3's 1 stands for in a layer's stored keys and values",
     "shrinkage": "share of the Hessian of all tokens, or of the diagonal, 0 to 1",
     "damping": "of the Hessian's mean diagonal",
     "correction": "share taken of the correction for what earlier layers damaged, 0 to 1",

@@ -57,7 +57,7 @@ def fit(
 
     device = Device(gpu_memory, memory_bytes(gpu_memory)) if gpu_memory else find_device(gpu)
     source = opened(checkpoint)
-    serving = engine.serving(context, stored_kv_dtype(source))
+    serving = engine.serving(context, stored_kv_dtype(source, recipe))
     found = answer(source, recipe, device, serving)
     click.echo(as_text(found.to_json()) if as_json else found.render())
     sys.exit(0 if found.plan.fits else 1)

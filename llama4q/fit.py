@@ -116,6 +116,9 @@ def answer(source: Source, recipe_name: str | None, device: Device, serving: Ser
     return Answer(source.name, recipe_name, config, plan, tuple(remedies))
 
 
-def stored_kv_dtype(source: Source) -> KVDtype:
-    """How vLLM keeps keys and values when nothing is asked for."""
+def stored_kv_dtype(source: Source, recipe_name: str | None) -> KVDtype:
+    """How vLLM keeps keys and values when nothing is asked for, of a checkpoint or of what a recipe
+    makes of it."""
+    if recipe_name is not None:
+        return load_recipe(recipe_name).kv_cache
     return KVDtype.FP8 if has_float8_cache(source.folder) else KVDtype.BF16

@@ -37,6 +37,9 @@ class Float8Cache:
         yield f"{attention}.{KEY}", torch.tensor([self.key_scale])
         yield f"{attention}.{VALUE}", torch.tensor([self.value_scale])
 
+    def to_json(self) -> dict[str, float]:
+        return {"key": self.key_scale, "value": self.value_scale}
+
 
 def read_cache(get: Callable[[str], torch.Tensor], attention: str) -> Float8Cache:
     """The scales of a layer's attention from its tensors."""
