@@ -134,10 +134,10 @@ class Choice:
                     "component": part.component.value,
                     "pinned": self.goal.pinned((part.layer, part.component)) is not None,
                     "scheme": option.scheme,
-                    "options": {
-                        one.scheme: {"bytes": one.nbytes, "error": one.error}
+                    "options": [
+                        {"scheme": one.scheme, "bytes": one.nbytes, "error": one.error}
                         for one in part.options
-                    },
+                    ],
                 }
                 for part, option in zip(self.menu.parts, self.mix.options, strict=True)
             ],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llama4q.errors import UserError
 from llama4q.stopping import Stopped
 
-from .shared import fit_line, provenance
+from .shared import provenance
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +80,10 @@ def run_report(
     from calibrate.kernel import description
     from llama4q import products
     from llama4q.checkpoint import PartReader
+    from llama4q.fit import fit_line
     from llama4q.inspect import component_bytes
     from llama4q.machine import properties
+    from llama4q.shards import sharded
 
     settings = job.recipe.calibration
     written = PartReader(job.destination, list(outcome.files))
@@ -112,7 +114,7 @@ def run_report(
         "layers": outcome.layers,
         "rescues": outcome.rescues,
         "evidence": outcome.evidence,
-        "fit": fit_line(config, written.infos, device, serving),
+        "fit": fit_line(config, sharded(config, written.infos), device, serving),
         "budget": None if choice is None else choice.to_json(),
         "verified": outcome.checked,
         "files": outcome.files,

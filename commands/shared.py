@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,8 @@ from llama4q.ranks import Ranks
 if TYPE_CHECKING:
     import torch
 
-    from llama4q.checkpoint import TensorInfo
     from llama4q.config import ModelConfig
-    from llama4q.gpus import Device
     from llama4q.machine import Budget
-    from llama4q.memory import Serving
     from llama4q.source import Source
 
 GPU = "h100-80gb"
@@ -79,30 +75,6 @@ def provenance(source: Source, config: ModelConfig) -> dict[str, Any]:
             "metadata": described(source.folder),
         },
         "versions": versions,
-    }
-
-
-def fit_line(
-    config: ModelConfig, tensors: Mapping[str, TensorInfo], device: Device, serving: Serving
-) -> dict[str, Any]:
-    """The report's fit line for a checkpoint of these tensors."""
-    from llama4q.memory import make_plan
-    from llama4q.shards import sharded
-
-    plan = make_plan(config, sharded(config, tensors), device, serving)
-    return {
-        "device": device.name,
-        "cards": serving.cards,
-        "context": serving.context,
-        "concurrency": serving.concurrency,
-        "kv": serving.kv_dtype.value,
-        "fits": plan.fits,
-        "largest_context": plan.largest_context,
-        "total_bytes": plan.total_bytes,
-        "usable_bytes": plan.usable_bytes,
-        "weight_bytes": plan.weight_bytes,
-        "kv_bytes": plan.kv_bytes,
-        "reserved_bytes": plan.position_bytes + plan.workspace_bytes + plan.overhead_bytes,
     }
 
 

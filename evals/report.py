@@ -280,7 +280,12 @@ def _fit(fit: Mapping[str, Any]) -> str:
     if "fits" not in fit:
         return ""
     answer = "fits" if fit["fits"] else "does not fit"
-    line = f"{answer} {fit.get('device', '?')} at {count(fit.get('context'))} tokens of context"
+    cards = f"{fit['cards']} x " if fit.get("cards", 1) > 1 else ""
+    line = (
+        f"{answer} {cards}{fit.get('device', '?')} at {count(fit.get('context'))} tokens of context"
+    )
+    if fit.get("concurrency", 1) > 1:
+        line += f", {fit['concurrency']} requests at once"
     if fit.get("total_bytes") is not None and fit.get("usable_bytes") is not None:
         line += f": needs {size(fit['total_bytes'])} of {size(fit['usable_bytes'])}"
     if fit.get("largest_context"):

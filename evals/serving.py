@@ -6,9 +6,9 @@ Source: the engines and options of docs/format.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from .figures import Report
 from .wording import count, part
@@ -16,8 +16,7 @@ from .wording import count, part
 NO_ENGINE = ("int3",)  # has a kernel for them
 NOT_SGLANG = ("int4-g64", "int8")  # its Triton path takes groups of 32 and 128
 BITSANDBYTES = ("bnb-nf4", "bnb-int8")
-CARDS = (1, 2, 4, 8)  # that the heads of Scout and Maverick can be divided among
-LEAST = 4096  # tokens of context, below which a card is of no use
+CARDS = 8  # the most that a fit line considers
 
 
 @dataclass(frozen=True)
@@ -28,32 +27,6 @@ class Command:
     language: str  # of the block
     lines: tuple[str, ...]
     remark: str
-
-
-@dataclass(frozen=True)
-class Size:
-    """How many cards serve it, and how many tokens a request may have there."""
-
-    cards: int
-    context: int
-
-
-def size_of(fit: Mapping[str, Any]) -> Size | None:
-    """The fewest cards of the fit line's device, and the context that it asks for or the largest.
-
-    On several cards weights are divided and the KV cache, to be safe, is not. None where nothing
-    is known, or no number of cards will do.
-    """
-    if not fit.get("usable_bytes"):
-        return None
-    if fit["largest_context"] >= min(fit["context"], LEAST):
-        return Size(1, min(fit["context"], fit["largest_context"]))
-    rest = fit["kv_bytes"] + fit["reserved_bytes"]
-    weights = fit["total_bytes"] - rest
-    for cards in CARDS[1:]:
-        if weights / cards + rest <= fit["usable_bytes"]:
-            return Size(cards, fit["context"])
-    return None
 
 
 def schemes(report: Report) -> set[str]:
@@ -73,20 +46,20 @@ def engines(report: Report) -> list[str]:
 
 def commands(report: Report, model: str, multimodal: bool) -> Iterator[Command]:
     """For each engine that takes the report's schemes; `model` is its Hub id or folder."""
-    used, size = schemes(report), size_of(part(report, "fit"))
+    used, served = schemes(report), part(report, "fit", "served")
     if not used & {*NO_ENGINE, *BITSANDBYTES}:
-        options = [f"--tensor-parallel-size {size.cards}"] if size and size.cards > 1 else []
-        options += [f"--max-model-len {size.context}"] if size else []
+        planned = served.get("options") or [("--moe-backend", "triton")]
+        options = [shlex.join(option) for option in planned]
         yield Command(
             "vLLM",
             "sh",
-            _shell(f"vllm serve {model}", "--moe-backend triton", *options),
+            _shell(f"vllm serve {model}", *options),
             "Keep `--moe-backend triton`: by their code, other kernels apply Llama 4's router "
             "score twice or in the wrong place, without an error.",
         )
         if not used & {*NOT_SGLANG}:
-            options = [f"--tp-size {size.cards}"] if size and size.cards > 1 else []
-            options += [f"--context-length {size.context}"] if size else []
+            options = [f"--tp-size {served['cards']}"] if served.get("cards", 1) > 1 else []
+            options += [f"--context-length {served['context']}"] if served else []
             yield Command(
                 "SGLang",
                 "sh",
@@ -133,15 +106,24 @@ def _transformers(report: Report, model: str, multimodal: bool, bitsandbytes: bo
 
 
 def fit_line(report: Report) -> str:
-    """Which card holds it, and up to which context; empty where the report does not say, or the
+    """Which cards hold it, and up to which context; empty where the report does not say, or the
     plan's engine, vLLM, does not serve it."""
     fit = part(report, "fit")
-    size = size_of(fit)
-    if not fit.get("usable_bytes") or "vLLM" not in engines(report):
+    if "served" not in fit or "vLLM" not in engines(report):
         return ""
     device = str(fit["device"]).upper().replace("-", " ")
-    if size is None:
-        return f"more than {CARDS[-1]} × {device}"
-    largest = count(fit["largest_context"] if size.cards == 1 else size.context)
-    upto = "up to a context of" if size.cards == 1 else "a context of"
-    return f"{size.cards} × {device}, {upto} {largest} tokens with a BF16 KV cache"
+    served = fit["served"]
+    if not served:
+        return f"more than {CARDS} × {device}"
+    planned = served["cards"] == fit["cards"] and served["context"] <= fit["context"]
+    context, upto = served["context"], "a context of"
+    if planned:
+        context, upto = fit["largest_context"], "up to a context of"
+    requests = f"{fit['concurrency']} requests of " if fit["concurrency"] > 1 else ""
+    return (
+        f"{served['cards']} × {device}, {requests}{upto} {count(context)} tokens "
+        f"with {_CACHES[fit['kv']]} KV cache"
+    )
+
+
+_CACHES = {"bf16": "a BF16", "fp8": "an FP8"}

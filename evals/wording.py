@@ -63,6 +63,18 @@ def measured(likelihood: Mapping[str, Any]) -> str:
     )
 
 
+def cards(fit: Mapping[str, Any]) -> str:
+    """The GPUs of a fit line: one H100-80GB, 4 × H100-80GB."""
+    device, number = str(fit.get("device", UNKNOWN)).upper(), fit.get("cards", 1)
+    return f"one {device}" if number == 1 else f"{number} × {device}"
+
+
+def requests(fit: Mapping[str, Any]) -> str:
+    """What they are to serve: a context of 8,192 tokens, 4 requests of 8,192 tokens."""
+    tokens, number = f"{count(fit.get('context'))} tokens", fit.get("concurrency", 1)
+    return f"a context of {tokens}" if number == 1 else f"{number} requests of {tokens}"
+
+
 def count(value: int | None) -> str:
     """1,234,567"""
     return UNKNOWN if value is None else f"{value:,}"

@@ -7,7 +7,7 @@ command that serves it.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from .memory_table import render_plan
 from .predict import alternatives, predicted_tensors
 from .recipe import check_recipe, load_recipe
 from .remedies import Advisor, Remedy
-from .shards import sharded
+from .shards import ShardedWeights, sharded
 from .source import Source
 from .vllm_command import engine_options, serve_command
+
+LEAST_CONTEXT = 4096  # tokens; a card with room for fewer is of no use
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,49 @@ def stored_kv_dtype(source: Source, recipe_name: str | None) -> KVDtype:
     if recipe_name is not None:
         return load_recipe(recipe_name).kv_cache
     return KVDtype.FP8 if has_float8_cache(source.folder) else KVDtype.BF16
+
+
+def fit_line(
+    config: ModelConfig, weights: ShardedWeights, device: Device, serving: Serving
+) -> dict[str, Any]:
+    """What a report says of a checkpoint on GPUs, and how they serve it: JSON types.
+
+    Raises UserError as `make_plan` does.
+    """
+    plan = make_plan(config, weights, device, serving)
+    served = _served(config, weights, plan)
+    return {
+        "device": device.name,
+        "cards": serving.cards,
+        "context": serving.context,
+        "concurrency": serving.concurrency,
+        "kv": serving.kv_dtype.value,
+        "fits": plan.fits,
+        "largest_context": plan.largest_context,
+        "total_bytes": plan.total_bytes,
+        "usable_bytes": plan.usable_bytes,
+        "weight_bytes": plan.weight_bytes,
+        "kv_bytes": plan.kv_bytes,
+        "reserved_bytes": plan.position_bytes + plan.workspace_bytes + plan.overhead_bytes,
+        "served": None
+        if served is None
+        else {
+            "cards": served.serving.cards,
+            "context": served.serving.context,
+            "options": [list(option) for option in engine_options(config, served)],
+        },
+    }
+
+
+def _served(config: ModelConfig, weights: ShardedWeights, plan: MemoryPlan) -> MemoryPlan | None:
+    """As planned, or with the largest context that there is room for, or on more cards."""
+    if plan.fits:
+        return plan
+    if plan.largest_context >= LEAST_CONTEXT:
+        serving = replace(plan.serving, context=plan.largest_context)
+        return make_plan(config, weights, plan.device, serving)
+    for cards in weights.sizes:
+        more = make_plan(config, weights, plan.device, replace(plan.serving, cards=cards))
+        if more.fits:
+            return more
+    return None

@@ -62,10 +62,15 @@ def evaluated(
 
 
 def quantized(
-    layers: int = 8, experts: int = 8, poor: int = 0, dense_every: int = 0, **more: Any
+    layers: int = 8,
+    experts: int = 8,
+    poor: int = 0,
+    dense_every: int = 0,
+    fitted: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     """What `quantize` writes: the same, and how the codes were found. `poor` experts saw too few
-    tokens."""
+    tokens; `fitted`: its precision was chosen."""
     report = evaluated(layers, experts, dense_every=dense_every, **more)
     chance = random.Random(1)
     records = [
@@ -101,12 +106,18 @@ def quantized(
         "layers": records,
         "rescues": [],
         "fit": {
-            "device": "h100-80gb", "context": 131072, "fits": True, "largest_context": 262144,
+            "device": "h100-80gb", "cards": 1, "context": 131072, "concurrency": 1, "kv": "bf16",
+            "fits": True, "largest_context": 262144,
             "total_bytes": report["quantized"]["bytes"] + 5_100_000_000 + 5_368_709_120,
             "usable_bytes": 78_138_340_016,
             "weight_bytes": report["quantized"]["bytes"],
             "kv_bytes": 5_100_000_000, "reserved_bytes": 5_368_709_120,
+            "served": {
+                "cards": 1, "context": 131072,
+                "options": [["--max-model-len", "131072"], ["--moe-backend", "triton"]],
+            },
         },
+        "budget": _budget(chance, layers) if fitted else None,
         "verified": {"tensors": 2749, "scales": 2304, "untouched": 301},
         "files": {f"model-{at:05d}-of-00017.safetensors": "e" * 64 for at in range(1, 18)},
         "seconds": {"total": 8123.4},
@@ -218,6 +229,33 @@ def _retrieval(
         "prompts": sum(task["prompts"] for task in found), "seed": 0, "digest": "f" * 64,
         "original": sides[0], "quantized": sides[1],
         "difference": _difference(chance, *sides), "tasks": found,
+    }  # fmt: skip
+
+
+def _budget(chance: random.Random, layers: int) -> dict[str, Any]:
+    """Half of the experts in INT8, and what else there was."""
+    parts = []
+    for layer in range(layers):
+        for component, nbytes in (("o_proj", 10**7), ("experts", 10**9), ("shared_expert", 10**8)):
+            error = chance.uniform(0.1, 1) / (3 * layers)
+            parts.append({
+                "layer": layer, "component": component, "pinned": component == "o_proj",
+                "scheme": "int8" if layer % 2 else "int4",
+                "options": [
+                    {"scheme": "int4", "bytes": nbytes, "error": error},
+                    {"scheme": "int8", "bytes": 2 * nbytes, "error": error / 200},
+                ],
+            })  # fmt: skip
+    sizes = [10**9 * layers * (1 + step / 4) for step in range(5)]
+    return {
+        "device": "h100-80gb", "cards": 2, "context": 131072, "concurrency": 4, "kv": "fp8",
+        "room_bytes": 1.6e9 * layers, "weight_bytes": 1.5e9 * layers, "expected": 0.0072,
+        "parts": parts,
+        "frontier": [{"bytes": size, "expected": 0.02 / 2**at} for at, size in enumerate(sizes)],
+        "recipes": [
+            {"name": "int4", "bytes": 1.1e9 * layers, "expected": 0.021},
+            {"name": "int8", "bytes": 2.1e9 * layers, "expected": 0.0011},
+        ],
     }  # fmt: skip
 
 

@@ -22,13 +22,13 @@ from evals.html.axis import Axis, logarithmic, named, numbered, whole_ticks
 from evals.html.element import VOID, element
 from evals.html.page import page
 from evals.policy import Policy, load_policy
-from evals.wording import length, number, signed
+from evals.wording import length, number, percent, signed
 
 from . import reports
 
 EVERY_SECTION = [
-    "Predictions", "Retrieval", "Layers", "Experts", "Size and memory", "Rescues and warnings",
-    "Provenance",
+    "Predictions", "Retrieval", "Layers", "Experts", "Precision", "Size and memory",
+    "Rescues and warnings", "Provenance",
 ]  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def sections(tree: Node) -> list[str]:
     return [section.all("h2")[0].text for section in tree.all("section")]
 
 
-FULL = reports.quantized(poor=3, tasks=("niah_single_1", "vt"))
+FULL = reports.quantized(poor=3, tasks=("niah_single_1", "vt"), fitted=True)
 
 
 # --- the page as a whole ---
@@ -212,6 +212,7 @@ def test_the_largest_reports_stay_small(experts: int) -> None:
         (("layers",), []),
         (("rescues",), []),
         (("fit",), []),
+        (("budget",), ["Precision"]),
         *(((key,), []) for key in ("source", "quantized", "recipe", "calibration", "files")),
         *(((key,), []) for key in ("versions", "seconds", "verified", "command", "kernel")),
         *((("evidence", "likelihood", key), []) for key in FULL["evidence"]["likelihood"]),
@@ -489,6 +490,25 @@ def test_the_bar_of_the_gpu_adds_up() -> None:
     said = " ".join(p.text for p in parsed(short).all("p"))
     assert "Does not fit: needs 80.14 GB, 2.00 GB more than the 78.14 GB" in said
     assert "free" not in [row[0] for row in tables(parsed(short))["Memory of one GPU"]]
+
+
+def test_the_choice_is_told_part_by_part() -> None:
+    tree = parsed(FULL)
+    found, budget = tables(tree), FULL["budget"]
+    parts = found["Precision by part"][1:]
+    assert len(parts) == len(budget["parts"])
+    for row, one in zip(parts, budget["parts"], strict=True):
+        [option] = (option for option in one["options"] if option["scheme"] == one["scheme"])
+        assert row[0] == f"{one['layer']}, {one['component'].replace('_', ' ')}"
+        assert row[1] == one["scheme"] + (", as the recipe says" if one["pinned"] else "")
+        assert row[3] == percent(option["error"], 2)
+    rows = found["Divergence by bytes"][1:]
+    assert [row[0] for row in rows] == ["best mix"] * 5 + ["int4", "int8", "this one"]
+    assert rows[-1][2:] == [number(0.0072), number(FULL["evidence"]["likelihood"]["kl_mean"])]
+    [section] = [
+        node for node in tree.all("section") if node.attributes["aria-labelledby"] == "precision"
+    ]
+    assert "fits 2 × H100-80GB with 4 requests of 131,072 tokens" in section.text
 
 
 def test_figures_that_are_not_finite_are_shown_as_such() -> None:

@@ -18,8 +18,9 @@ from markdown_it import MarkdownIt
 
 from cli import main
 from evals.model_card import Subject, model_card
-from evals.serving import Size, commands, size_of
+from evals.serving import commands
 from llama4q.config import ModelConfig, parse_config
+from llama4q.fit import fit_line
 from llama4q.gpus import find_device
 from llama4q.licence import NOTICE_LINE, Card, Licence
 from llama4q.memory import MemoryPlan, Serving, make_plan
@@ -197,18 +198,17 @@ def test_anything_may_be_missing(path: tuple[str, ...]) -> None:
 
 def fit(config: ModelConfig, weights: int, context: int) -> dict[str, Any]:
     """A report's fit line."""
-    plan = planned(config, weights, context, 1)
-    return {
-        "device": plan.device.name, "context": context, "fits": plan.fits,
-        "largest_context": plan.largest_context, "total_bytes": plan.total_bytes,
-        "usable_bytes": plan.usable_bytes, "kv_bytes": plan.kv_bytes,
-        "reserved_bytes": plan.position_bytes + plan.workspace_bytes + plan.overhead_bytes,
-    }  # fmt: skip
+    return fit_line(config, shared(weights), find_device("h100-80gb"), Serving(context))
+
+
+def shared(weights: int) -> ShardedWeights:
+    return ShardedWeights({Piece(Cut.EVEN, weights, 1): 1}, (1, 2, 4, 8))
 
 
 def planned(config: ModelConfig, weights: int, context: int, cards: int) -> MemoryPlan:
-    shared = ShardedWeights({Piece(Cut.EVEN, weights, 1): 1}, (1, 2, 4, 8))
-    return make_plan(config, shared, find_device("h100-80gb"), Serving(context, cards=cards))
+    return make_plan(
+        config, shared(weights), find_device("h100-80gb"), Serving(context, cards=cards)
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_commands_are_sized_by_the_plan(weights: int, context: int, cards: int) 
     config = parse_config(test_inspect.SCOUT, "scout")
     line = fit(config, weights, context)
     expected = min(context, line["largest_context"]) if cards == 1 else context
-    assert size_of(line) == Size(cards, expected)
+    assert (line["served"]["cards"], line["served"]["context"]) == (cards, expected)
+    assert planned(config, weights, expected, cards).fits
     if cards > 1:
-        assert planned(config, weights, context, cards).fits
         assert not planned(config, weights, context, cards // 2).fits
     vllm, sglang, _ = commands({**FULL, "fit": line}, "me/x", True)
     assert f"--max-model-len {expected}" in vllm.lines[1]
@@ -233,7 +233,7 @@ def test_commands_are_sized_by_the_plan(weights: int, context: int, cards: int) 
 def test_what_no_number_of_cards_holds() -> None:
     config = parse_config(test_inspect.SCOUT, "scout")
     line = fit(config, 800_000_000_000, 131072)
-    assert size_of(line) is None
+    assert line["served"] is None
     assert "more than 8 × H100 80GB" in model_card({**FULL, "fit": line}, LLAMA4)
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from evals.report import WIDTH, render
 
+from . import reports
+
 EXPERT = "language_model.model.layers.0.feed_forward.experts.0.gate_up_proj"
 
 
@@ -252,3 +254,12 @@ def test_anything_may_be_missing(path: tuple[str, ...]) -> None:
 
 def test_an_empty_report_names_what_was_not_measured() -> None:
     assert render({"llama4q": "0.1.0"}) == "not measured: likelihood, layers, retrieval"
+
+
+def test_the_choice_is_told() -> None:
+    text = render(reports.quantized(fitted=True))
+    assert "precision   for 2 x h100-80gb, 4 x 131,072 tokens: room for 12.80 GB of weights" in text
+    assert "  experts       4 x int4, 4 x int8" in text
+    [mix] = (line for line in text.splitlines() if line.startswith("this mix"))
+    assert mix.split()[2:5] == ["12.00", "GB", "0.0072"]
+    assert "precision" not in render(reports.quantized())

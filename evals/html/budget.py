@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..figures import Report
-from ..wording import count, number, part, percent, size
+from ..wording import cards, number, part, percent, requests, size
 from .axis import Axis, logarithmic
 from .element import Markup
 from .plots import Series, key, lines
@@ -23,14 +23,12 @@ def budget(report: Report) -> Section | None:
     found = part(report, "budget")
     if not found:
         return None
-    cards = f"{count(found['cards'])}\u00a0×\u00a0{found['device']}"
-    requests = f"{count(found['concurrency'])}\u00a0×\u00a0{count(found['context'])} tokens"
     return section(
         "Precision",
         said(
-            f"Each part of each layer got the precision with which the model fits {cards} with "
-            f"{requests} and loses least: {size(found['weight_bytes'])} of weights on a card, "
-            f"where there is room for {size(found['room_bytes'])}."
+            f"Each part of each layer got the precision with which the model fits {cards(found)} "
+            f"with {requests(found)} and loses least: {size(found['weight_bytes'])} of weights on "
+            f"a card, where there is room for {size(found['room_bytes'])}."
         ),
         _frontier(found, part(report, "evidence", "likelihood")),
         _parts(found["parts"]),
@@ -89,16 +87,15 @@ def _parts(parts: Sequence[Record]) -> Markup:
     """What each part got, and what it would have added in the least precision."""
     rows: list[Row] = []
     for one in parts:
-        options = one["options"]
-        chosen = options[one["scheme"]]
-        worst = max(options, key=lambda scheme: options[scheme]["error"])
+        [chosen] = (option for option in one["options"] if option["scheme"] == one["scheme"])
+        worst = max(one["options"], key=lambda option: option["error"])
         rows.append(
             (
                 f"{one['layer']}, {one['component'].replace('_', ' ')}",
                 f"{one['scheme']}, as the recipe says" if one["pinned"] else one["scheme"],
                 size(chosen["bytes"]),
                 percent(chosen["error"], 2),
-                f"{percent(options[worst]['error'], 2)} in {worst}",
+                f"{percent(worst['error'], 2)} in {worst['scheme']}",
             )
         )
     header = ("layer, part", "scheme", "bytes", "error it adds", "most it could add")

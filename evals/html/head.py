@@ -13,7 +13,7 @@ from ..figures import Report
 from ..gate import Answer, Line, Verdict
 from ..verdict import answer, remarks
 from ..verdict import table as limits
-from ..wording import UNKNOWN, count, ends, number, part, percent, signed, size
+from ..wording import cards, count, ends, number, part, percent, requests, signed, size
 from .element import Child, Markup, element
 from .section import judged
 from .table import Cell, Row, table
@@ -59,8 +59,7 @@ def _fits(report: Report) -> str:
     if "fits" not in fit:
         return ""
     answer = "Fits" if fit["fits"] else "Does not fit"
-    device = str(fit.get("device", UNKNOWN)).upper()
-    return f"{answer} one {device} with a context of {count(fit.get('context'))} tokens."
+    return f"{answer} {cards(fit)} with {requests(fit)}."
 
 
 def _verdict(verdict: Verdict) -> Markup:

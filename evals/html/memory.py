@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..figures import Report
-from ..wording import UNKNOWN, count, part, percent, size
+from ..wording import cards, count, part, percent, requests, size
 from .element import Markup, element
 from .plots import key, stack
 from .section import Section, figure, said, section
@@ -59,7 +59,10 @@ def _fit(fit: Mapping[str, Any]) -> Markup | None:
         return None
     parts = {
         "weights": (fit.get("weight_bytes", 0), "s1"),
-        f"KV cache of {count(fit.get('context'))} tokens": (fit.get("kv_bytes", 0), "s2"),
+        f"KV cache of {requests(fit).removeprefix('a context of ')}": (
+            fit.get("kv_bytes", 0),
+            "s2",
+        ),
         "reserve of the engine": (fit.get("reserved_bytes", 0), "s3"),
         "free": (max(0, usable - needed), "s0"),
     }
@@ -76,7 +79,7 @@ def _fit(fit: Mapping[str, Any]) -> Markup | None:
         (name, size(amount), percent(amount / usable, 1)) for name, (amount, _) in shown.items()
     ]
     return figure(
-        f"Fit on one {str(fit.get('device', UNKNOWN)).upper()}",
+        f"Fit on {cards(fit)}",
         said(
             f"{answer}.",
             f" The largest context is {count(largest)} tokens." if largest else None,
