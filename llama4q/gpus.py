@@ -57,7 +57,7 @@ def find_device(name: str) -> Device:
     hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ";"
     raise UserError(
         f"unknown GPU {name!r}{hint} known are {', '.join(DEVICES)}; "
-        f"for any other GPU: llama4q fit --gpu-memory 80GB"
+        f"of any other GPU name the memory: fit --gpu-memory 80GB, quantize --fit 80GB"
     )
 
 
