@@ -73,10 +73,18 @@ class Goal:
         ]
 
     def options(self, place: Place, known: Mapping[Scheme, Option]) -> tuple[Option, ...]:
-        """Those of the known options that a part may have."""
+        """Those of the known options that a part may have. Raises UserError when there is none."""
         pinned = self.pinned(place)
         allowed = [*self._candidates(), BF16] if pinned is None else [pinned]
-        return tuple(known[scheme] for scheme in allowed if scheme in known)
+        found = tuple(known[scheme] for scheme in allowed if scheme in known)
+        if not found:
+            index, component = place
+            raise UserError(
+                f"recipe {self.recipe.name}: {component.value} of layer {index} in "
+                f"{allowed[0].name} cannot be cut among {self.serving.cards} GPUs; leave it out of "
+                f"the recipe, or name another scheme"
+            )
+        return found
 
     def plan(self, infos: Mapping[str, TensorInfo]) -> MemoryPlan:
         """The plan for weights of these tensors."""

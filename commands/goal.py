@@ -121,28 +121,31 @@ def range_told(goal: Goal) -> str:
     """What can be chosen from, before anything is measured."""
     from calibrate.allocate import smallest
     from calibrate.budget import menu
+    from evals.wording import size
 
     found = menu(goal)
     most = sum(max(option.nbytes for option in part.options) for part in found.parts)
     low, high = (found.rest_bytes + nbytes for nbytes in (smallest(found.parts).nbytes, most))
     return (
-        f"precision is chosen after a first pass over the original: mixes have {low / 1e9:.2f} to "
-        f"{high / 1e9:.2f} GB of weights on a card, of {found.room_bytes / 1e9:.2f} GB"
+        f"precision is chosen after a first pass over the original: a card has room for "
+        f"{size(found.room_bytes)} of weights, mixes have {size(low)} to {size(high)}"
     )
 
 
 def told(choice: Choice) -> str:
     """What was chosen, in lines for a terminal: how many parts have which scheme."""
+    from evals.wording import size
+
     counted: dict[str, Counter[str]] = {}
     for part, option in zip(choice.menu.parts, choice.mix.options, strict=True):
         counted.setdefault(part.component.value, Counter())[option.scheme] += 1
     lines = [
-        f"chosen: {choice.weight_bytes / 1e9:.3f} GB of weights on a card, "
-        f"of {choice.menu.room_bytes / 1e9:.3f} GB; expected KL {choice.expected:.2g} nats a token"
+        f"chosen: {size(choice.weight_bytes)} of weights on a card, where there is room for "
+        f"{size(choice.menu.room_bytes)}; expected KL {choice.expected:.2g} nats a token"
     ]
     for component, schemes in counted.items():
         shares = ", ".join(f"{number} x {name}" for name, number in schemes.most_common())
-        lines.append(f"  {component:14}{shares}")
+        lines.append(f"  {component.replace('_', ' '):14}{shares}")
     return "\n".join(lines)
 
 

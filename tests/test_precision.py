@@ -43,6 +43,11 @@ NOTHING = Recipe("fit", "", {})
 ERRORS = {"int4": 0.02, "int4-g64": 0.017, "int4-g32": 0.014, "fp8": 0.002, "int8": 0.0001}
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(tiny.write(tmp_path_factory.mktemp("precision") / "source", VARIANT))
+
+
 def goal(model: str, serving: Serving, recipe: Recipe = NOTHING, device: str = "h100-80gb") -> Goal:
     config = parse_config(REAL[model], model)
     return Goal(config, test_inspect.bf16(REAL[model]), find_device(device), serving, recipe)
@@ -168,6 +173,19 @@ def test_truthful_no(model: str, recipe: str, serving: Serving, words: str) -> N
     assert "\n" not in plan_short
 
 
+def test_a_scheme_that_so_many_cards_cannot_cut(tmp_path: Path) -> None:
+    """Three groups of 128 are not cut in two, six groups of 64 are."""
+    source = tiny.write(tmp_path, dataclasses.replace(VARIANT, expert_size=384))
+    pinned = parse_recipe('[schemes]\nexperts = "int4"\n', "r.toml")
+    serving = Serving(64, cards=2)
+    infos = Checkpoint(source).infos
+    free = Goal(read_config(source), infos, find_device("h100-80gb"), serving, NOTHING)
+    layers = free.config.num_layers
+    assert least(free).scheme(Component.EXPERTS, 0, layers).name == "int4-g64"
+    with pytest.raises(UserError, match="experts of layer 0 in int4 cannot be cut among 2 GPUs"):
+        least(dataclasses.replace(free, recipe=pinned))
+
+
 def test_a_context_that_fits_by_less_than_that() -> None:
     """The largest context of the smallest mix is where `least` begins to refuse."""
     wanted = goal("scout", Serving(8192))
@@ -194,11 +212,6 @@ def test_refused_before_anything_is_read(tmp_path: Path) -> None:
 
 
 # The command
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_tokenizer(tiny.write(tmp_path_factory.mktemp("precision") / "source", VARIANT))
 
 
 def size_for(source: Path, share: float) -> str:
