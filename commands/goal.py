@@ -73,7 +73,8 @@ _OPTIONS = (
     click.option("--concurrency", default=1, show_default=True, help="Such requests at once."),
     click.option(
         "--kv", type=click.Choice(["bf16", "fp8"]),
-        help="How the engine stores keys and values.  [default: as the checkpoint says, else bf16]",
+        help="How the engine stores keys and values; for fp8 `quantize` writes their scales.  "
+        "[default: as the checkpoint or recipe says, else bf16]",
     ),
     click.option(
         "--batched-tokens", type=int, help="Of one step.  [default: vLLM's on that device]"

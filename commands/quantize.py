@@ -128,6 +128,7 @@ def quantize(
 
     \b
     llama4q quantize meta-llama/Llama-4-Scout-17B-16E-Instruct scout-int4 --recipe int4
+    llama4q quantize meta-llama/Llama-4-Scout-17B-16E-Instruct scout --fit h200-141gb
     llama4q quantize pocket out --samples 64 --length 1024
 
     Up to 8 processes share the work when torchrun starts them, on one machine or on several that
