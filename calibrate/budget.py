@@ -7,6 +7,7 @@ Puts together what each part takes in each scheme (llama4q/predict.py), what it 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,25 +213,29 @@ def menu(goal: Goal, errors: Mapping[Place, Mapping[str, float]] = {}) -> Menu:
 
 
 def _recipe(goal: Goal, parts: Sequence[Part], mix: Mix) -> Recipe:
-    """A mix as a recipe, with calibration and solver of the goal's: layers that are alike go
-    together."""
-    layers: dict[int, dict[Component, Scheme]] = {}
-    for part, option in zip(parts, mix.options, strict=True):
-        layers.setdefault(part.layer, {})[part.component] = SCHEMES[option.scheme]
-    alike: list[tuple[dict[Component, Scheme], list[int]]] = []
-    for index, schemes in layers.items():
-        for known, indices in alike:
-            if known == schemes:
-                indices.append(index)
-                break
-        else:
-            alike.append((schemes, [index]))
+    """A mix as a recipe, with calibration and solver of the goal's: of each component the scheme
+    that it has most often, and overrides of layers that differ from that in the same way."""
+    chosen = [
+        (part.layer, part.component, SCHEMES[option.scheme])
+        for part, option in zip(parts, mix.options, strict=True)
+    ]
+    counted: dict[Component, Counter[Scheme]] = {}
+    for _, component, scheme in chosen:
+        counted.setdefault(component, Counter())[scheme] += 1
+    usual = {component: counts.most_common(1)[0][0] for component, counts in counted.items()}
+    unusual: dict[int, dict[Component, Scheme]] = {}
+    for layer, component, scheme in chosen:
+        if scheme is not usual[component]:
+            unusual.setdefault(layer, {})[component] = scheme
+    alike: dict[tuple[tuple[Component, Scheme], ...], list[int]] = {}
+    for layer, schemes in unusual.items():
+        alike.setdefault(tuple(schemes.items()), []).append(layer)
     return dataclasses.replace(
         goal.recipe,
         name=f"fit-{goal.device.name}",
         description=f"the least error for {goal.serving.context:,} tokens on {goal.device.name}",
-        schemes={},
-        overrides=tuple(Override(tuple(indices), schemes) for schemes, indices in alike),
+        schemes=usual,
+        overrides=tuple(Override(tuple(layers), dict(same)) for same, layers in alike.items()),
     )
 
 

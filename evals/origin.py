@@ -11,7 +11,17 @@ from typing import Any
 
 from .figures import Report
 from .markdown import code, facts, plain, table
-from .wording import UNKNOWN, count, drawn, measured, part, percent, size
+from .wording import (
+    UNKNOWN,
+    cards,
+    count,
+    drawn,
+    measured,
+    part,
+    percent,
+    requests,
+    size,
+)
 
 SCHEMES = {
     "int3": "INT3, groups of 128",
@@ -53,7 +63,29 @@ def changed(report: Report) -> str:
         )
         for component in before
     ]
-    return table(("part", "stored as", "original", "here"), rows, words=2)
+    told = table(("part", "stored as", "original", "here"), rows, words=2)
+    return "\n\n".join(filter(None, [told, _chosen(report), _cache(report)]))
+
+
+def _chosen(report: Report) -> str:
+    """How the schemes came about, where a goal did it."""
+    budget = part(report, "budget")
+    if not budget:
+        return ""
+    return (
+        f"Precision was chosen part by part so that the model fits {cards(budget)} with "
+        f"{requests(budget)} and loses least: {size(budget['weight_bytes'])} of weights on a card, "
+        f"where there is room for {size(budget['room_bytes'])}."
+    )
+
+
+def _cache(report: Report) -> str:
+    if part(report, "recipe").get("kv_cache") != "fp8":
+        return ""
+    return (
+        "Keys and values are to be cached in FP8: each layer has a calibrated scale for both, with "
+        "which vLLM turns that on by itself."
+    )
 
 
 def _stored(report: Report, name: str) -> str:

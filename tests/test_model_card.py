@@ -193,6 +193,17 @@ def test_anything_may_be_missing(path: tuple[str, ...]) -> None:
     assert ModelCard(text).data.to_dict()["base_model"] == publishable.BASE_MODEL
 
 
+def test_a_chosen_precision_and_an_fp8_cache_are_told() -> None:
+    report = {**FULL, "budget": reports.quantized(fitted=True)["budget"]}
+    report["recipe"] = {**FULL["recipe"], "kv_cache": "fp8"}
+    text = model_card(report, LLAMA4)
+    assert "the model fits 2 × H100-80GB with 4 requests of 131,072 tokens and loses least" in text
+    assert "each layer has a calibrated scale for both" in text
+    plain = model_card(FULL, LLAMA4)
+    assert "loses least" not in plain
+    assert "calibrated scale" not in plain
+
+
 # --- serving: the plan of llama4q/memory.py, which is vLLM's arithmetic, is the authority ---
 
 

@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,21 @@ def test_what_the_recipe_names_stays() -> None:
             assert chosen.scheme(Component.EXPERTS, index, layers).name == "int8"
     free = {chosen.scheme(Component.EXPERTS, index, layers).name for index in range(1, layers - 1)}
     assert "int4" in {name[:4] for name in free}
+
+
+def test_the_recipe_says_what_is_usual() -> None:
+    """Overrides name the layers that differ, none of them twice; cards and reports go by it."""
+    wanted = goal("scout", Serving(8192), device="h100-nvl-94gb")
+    choice = choose(wanted, made_up(wanted))
+    counted: dict[Component, Counter[str]] = {}
+    layers = wanted.config.num_layers
+    for part, option in zip(choice.menu.parts, choice.mix.options, strict=True):
+        counted.setdefault(part.component, Counter())[option.scheme] += 1
+        assert choice.recipe.scheme(part.component, part.layer, layers).name == option.scheme
+    for component, counts in counted.items():
+        assert counts[choice.recipe.schemes[component].name] == max(counts.values())
+    named = [layer for override in choice.recipe.overrides for layer in override.layers]
+    assert len(named) == len(set(named)) < layers
 
 
 def test_the_recipe_can_be_read_again() -> None:
