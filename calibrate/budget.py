@@ -200,6 +200,7 @@ def choose(goal: Goal, sensitivity: Sensitivity) -> Choice:
 
 def menu(goal: Goal, errors: Mapping[Place, Mapping[str, float]] = {}) -> Menu:
     """All options of all parts; their errors are 0 where nothing was measured."""
+    room = goal.plan(goal.infos).weight_room
     rest, sizes = part_bytes(goal.infos, goal.config, [*goal.schemes(), BF16], goal.serving.cards)
     known = {
         place: {
@@ -209,7 +210,7 @@ def menu(goal: Goal, errors: Mapping[Place, Mapping[str, float]] = {}) -> Menu:
         for place in goal.places()
     }
     parts = tuple(Part(*place, goal.options(place, known[place])) for place in known)
-    return Menu(rest, goal.plan(goal.infos).weight_room, known, parts)
+    return Menu(rest, room, known, parts)
 
 
 def _recipe(goal: Goal, parts: Sequence[Part], mix: Mix) -> Recipe:
