@@ -24,8 +24,8 @@ from safetensors import safe_open
 
 INDEX = "model.safetensors.index.json"
 EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\.weight$")
-# What belongs to a quantized weight and is no tensor of the source.
-COMPANIONS = ("weight_packed", "weight_scale", "weight_shape")
+# What belongs to a quantized weight, or to stored keys and values, and is no tensor of the source.
+COMPANIONS = ("weight_packed", "weight_scale", "weight_shape", "k_scale", "v_scale")
 
 
 @contextmanager
