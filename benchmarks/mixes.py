@@ -16,7 +16,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,28 +55,19 @@ class Outcome:
     error: float  # standard error of what was measured
 
 
-def by_hand(config: ModelConfig) -> Iterator[tuple[str, Callable[[Place], str]]]:
+def by_hand(config: ModelConfig, places: list[Place]) -> Iterator[tuple[str, dict[Place, str]]]:
     """Mixes that people write: one scheme, better ends, better shared parts, every other layer."""
     last = config.num_layers - 1
     for name in NAMES[:-1]:
-        yield f"all {name}", lambda place, name=name: name  # type: ignore[misc]
+        yield f"all {name}", dict.fromkeys(places, name)
     for better in ("fp8", "int8"):
-        yield (
-            f"{better} but for INT4 experts",
-            lambda place, better=better: "int4" if place[1] is Component.EXPERTS else better,  # type: ignore[misc]
-        )
-        yield (
-            f"{better} in two first and last layers",
-            lambda place, better=better: better if min(place[0], last - place[0]) < 2 else "int4",  # type: ignore[misc]
-        )
-        yield (
-            f"{better} in every other layer",
-            lambda place, better=better: better if place[0] % 2 else "int4",  # type: ignore[misc]
-        )
-        yield (
-            f"{better} in the first half",
-            lambda place, better=better: better if place[0] <= last // 2 else "int4",  # type: ignore[misc]
-        )
+        for words, chosen in (
+            ("but for INT4 experts", [p for p in places if p[1] is not Component.EXPERTS]),
+            ("in two first and last layers", [p for p in places if min(p[0], last - p[0]) < 2]),
+            ("in every other layer", [p for p in places if p[0] % 2]),
+            ("in the first half", [p for p in places if p[0] <= last // 2]),
+        ):
+            yield f"{better} {words}", dict.fromkeys(places, "int4") | dict.fromkeys(chosen, better)
 
 
 def at_random(places: list[Place]) -> Iterator[tuple[str, Mapping[Place, str]]]:
@@ -158,8 +149,7 @@ def main(folder: Path, model: str, options: tuple[str, ...]) -> None:
     for name, found in budgets(goal, choice):
         pairs = zip(found.menu.parts, found.mix.options, strict=True)
         mixes[name] = {(part.layer, part.component): option.scheme for part, option in pairs}
-    for name, scheme in by_hand(config):
-        mixes[name] = {place: scheme(place) for place in goal.places()}
+    mixes.update(by_hand(config, goal.places()))
     mixes.update(at_random(goal.places()))
 
     outcomes = []

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from llama4q.config import ModelConfig
+from llama4q.errors import UserError
 from llama4q.hidden import Spool, Store
 from llama4q.model import DecoderLayer, Head, Linear, Mlp, Moe, attention, logits
 from llama4q.prefetch import prefetched
@@ -71,11 +72,14 @@ class Sensitivity:
         points = []
         for name, divergence in self.uniform.items():
             error = sum(self.shares(part)[name] for part in self.parts)
-            points.append((math.log(error), math.log(divergence / self.uniform[self.coarsest])))
+            if name != self.coarsest and error > 0 and divergence > 0:  # else below all noise
+                points.append((math.log(error), math.log(divergence / self.uniform[self.coarsest])))
+        if not points:  # a single candidate: nothing is ranked by it
+            return 1.0
         return sum(x * y for x, y in points) / sum(x * x for x, _ in points)
 
     def _ratio(self, part: PartLoss, name: str) -> float:
-        return part.errors[name] / part.errors[self.coarsest]
+        return part.errors[name] / (part.errors[self.coarsest] or 1.0)  # all 0 where one is
 
     def to_json(self) -> dict[str, Any]:
         parts = [{**asdict(part), "component": part.component.value} for part in self.parts]
@@ -98,7 +102,11 @@ def measure(
     spool: Spool,
     layer_done: Callable[[], None],
 ) -> Sensitivity:
-    """On tokens `[S, T]`, for all candidates, the coarsest first."""
+    """On tokens `[S, T]`, for all candidates, the coarsest first.
+
+    Raises UserError for a token that the vocabulary does not have, and for a model of which
+    rounding changes nothing.
+    """
     check_tokens(reader.config.vocab_size, tokens)
     probe = Probe(reader.config, candidates, reader.embedding()[tokens], spool)
     for layer in prefetched(reader.layer, range(reader.config.num_layers)):
@@ -193,7 +201,7 @@ class Probe:
         self.found.append((index, component, found))
 
     def finish(self, head: Head) -> Sensitivity:
-        """What came of each."""
+        """What came of each. Raises UserError when nothing came of any."""
         copies = [(self.copies, where.start) for where in self.copies.slices()[1:]]
         divergence = self._divergence(head, copies)
         parts = [
@@ -202,6 +210,12 @@ class Probe:
         ]
         names = [scheme.name for scheme in self.rounded]
         uniform = self._divergence(head, [(stream, 0) for stream in self.rounded.values()])
+        if not (uniform[0] > 0 and sum(part.divergence for part in parts) > 0):
+            raise UserError(
+                f"rounding to {names[0]} changes no prediction of the original, so nothing "
+                f"tells precisions apart; its weights may be all 0: download it again, or name a "
+                f"recipe instead of --fit"
+            )
         return Sensitivity(tuple(parts), dict(zip(names, uniform, strict=True)))
 
     def _divergence(self, head: Head, others: Sequence[tuple[Store, int]]) -> list[float]:
@@ -214,7 +228,7 @@ class Probe:
                 found = self._predicted(head, store.rows(slice(first + start, first + stop)))
                 lost = functional.kl_div(found, wanted, reduction="sum", log_target=True)
                 totals[number] += float(lost)
-        return [total / self.tokens for total in totals]
+        return [max(total, 0.0) / self.tokens for total in totals]  # F32 may end just below 0
 
     def _predicted(self, head: Head, hidden: torch.Tensor) -> torch.Tensor:
         return functional.log_softmax(logits(self.config, head, hidden).float(), dim=-1)
@@ -243,7 +257,7 @@ class Differences:
 
     def errors(self) -> dict[str, float]:
         """By scheme, as a share of the output's energy."""
-        return {name: squares / self.energy for name, squares in self.squares.items()}
+        return {name: squares / (self.energy or 1.0) for name, squares in self.squares.items()}
 
 
 def _networks(network: Mlp | Moe) -> Iterator[tuple[Component, int | None, Mlp]]:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from calibrate.sensitivity import PartLoss, Sensitivity, measure, sensitivity_from_json
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
+from llama4q.errors import UserError
 from llama4q.hidden import Spool
 from llama4q.schemes import SCHEMES, Scheme, round_to_nearest
 from llama4q.weights import Component, LayerReader
@@ -151,3 +152,25 @@ def test_shares_add_up_and_the_power_is_found() -> None:
     for name, expected in uniform.items():
         error = sum(found.shares(part)[name] for part in parts)
         assert found.divergence(error) == pytest.approx(expected)
+
+
+def test_a_single_candidate() -> None:
+    parts = (PartLoss(0, Component.DENSE, 0.1, {"fp8": 0.001}),)
+    found = Sensitivity(parts, {"fp8": 0.2})
+    assert found.shares(parts[0]) == {"fp8": 1.0}
+    assert found.divergence(0.5) == pytest.approx(0.1)
+
+
+def test_a_part_that_adds_nothing_has_no_error(inputs: torch.Tensor, tmp_path: Path) -> None:
+    name = "language_model.model.layers.0.self_attn.o_proj.weight"
+    zero = torch.zeros(128, 128, dtype=torch.bfloat16)
+    found = measured(tiny.write(tmp_path, tiny.SCOUT, replace={name: zero}), inputs, Spool())
+    [part] = [one for one in found.parts if (one.layer, one.component) == (0, Component.O_PROJ)]
+    assert set(found.shares(part).values()) == {0.0}
+
+
+def test_a_model_of_zeros_is_refused(inputs: torch.Tensor, tmp_path: Path) -> None:
+    head = torch.zeros(512, 128, dtype=torch.bfloat16)
+    folder = tiny.write(tmp_path, tiny.SCOUT, replace={"language_model.lm_head.weight": head})
+    with pytest.raises(UserError, match="rounding to int4 changes no prediction"):
+        measured(folder, inputs, Spool())
