@@ -120,6 +120,13 @@ def test_error_is_the_trace(source: Path, inputs: torch.Tensor, ours: Sensitivit
             off = (round_to_nearest(weight, SCHEMES[name]).dequantize() - weight).double()
             error = torch.trace(off.T @ hessian @ off) / energy
             assert part.errors[name] == pytest.approx(float(error), rel=1e-4)
+        # FP8 with its inputs, a scale for each token: no trace, but the outputs themselves
+        rows = seen[part.layer]
+        scales = rows.abs().amax(dim=1, keepdim=True) / 448
+        served = (rows / scales).float().to(torch.float8_e4m3fn).double() * scales
+        found = served @ round_to_nearest(weight, SCHEMES["fp8"]).dequantize().double()
+        error = (found - rows @ weight.double()).square().sum() / energy
+        assert part.errors["fp8"] == pytest.approx(float(error), rel=1e-3)
 
 
 def test_float8_counts_its_inputs(ours: Sensitivity) -> None:
