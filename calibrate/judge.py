@@ -21,7 +21,9 @@ LONGEST_RUN = 64  # tokens held out together: one alone would resemble its neigh
 HELD_EVERY = 16
 RUNS = 64  # at least that many, as long as there are tokens: short texts have shorter runs
 LEAST_TOKENS = 32  # fewer held-out tokens than that judge nothing
-MOST_TOKENS = 1024  # that the judgement is made on
+# On 144 groups of either pocket model 256 tokens tell as 1,024 do: a group's error against
+# rounding's within 4 % (1 % where both are close), no judgement another.
+MOST_TOKENS = 256
 
 
 def parts_of(shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
