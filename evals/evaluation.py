@@ -15,14 +15,14 @@ import torch
 from llama4q.config import ModelConfig
 from llama4q.errors import UserError
 from llama4q.hidden import Spool, Store
-from llama4q.model import DecoderLayer, Head, logits
+from llama4q.model import DecoderLayer, Head, cut_keys_values, logits
 from llama4q.prefetch import prefetched
 from llama4q.ranks import ALONE, Ranks
 from llama4q.stream import POSITIONS_AT_ONCE, embed, passed, split_rows
 from llama4q.weights import LayerReader
 
 from . import retrieval
-from .layers import Sums, sums
+from .layers import Sums, cut_share, sums
 from .likelihood import Window, bits_per_byte, compared, summary
 from .passages import worst
 from .prompt import Prompt
@@ -65,11 +65,13 @@ class Evaluation:
         self.served = spool.copy(self.plain)
 
     def layer(self, original: DecoderLayer, quantized: DecoderLayer) -> None:
+        cut = [cut_keys_values(self.served_config, quantized, batch) for batch in self.served]
         plain = passed(self.config, original, self.plain)
         served = passed(self.served_config, quantized, self.served)
         # sums are exact, so that they do not depend on who found what
         found = Sums([part for rank in self.ranks.everyone(sums(plain, served)) for part in rank])
-        self.layers.append({"layer": original.index, **found.to_json()})
+        lost = cut_share(one for rank in self.ranks.everyone(cut) for one in rank)
+        self.layers.append({"layer": original.index, **found.to_json(), "cut": lost})
 
     def finish(self, original: Head, quantized: Head) -> dict[str, Any]:
         """The report's `evidence`."""

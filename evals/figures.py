@@ -173,6 +173,20 @@ def _agreement(report: Report) -> Sequence[Reading]:
     return _of_layers((one for one in layers if one.get("agreement", 0) is not None), "agreement")
 
 
+def _cut(report: Report) -> Sequence[Reading]:
+    """Of the layers whose keys and values an FP8 cache holds; the others have null."""
+    layers = entries(report, "evidence.layers")
+    if layers is None:
+        return [Reading(None)]
+    found = []
+    for one in layers:
+        if one.get("cut") is not None:
+            shares = [number(one, f"cut.{name}") for name in ("keys", "values")]
+            known = [share for share in shares if share is not None]
+            found.append(Reading(max(known, default=None), place=str(one.get("layer"))))
+    return found
+
+
 def _jump(report: Report) -> Sequence[Reading]:
     """By how much a layer multiplies the error that it meets; without one its own error.
 
@@ -371,6 +385,9 @@ _ALL = (
     Figure(
         "layers.agreement", "routing agreement (share of tokens)", _agreement, _TOKENS,
         larger_is_better=True, by="layer",
+    ),
+    Figure(
+        "layers.cut", "keys or values cut off by the FP8 cache (share)", _cut, _TOKENS, by="layer"
     ),
     Figure(
         "retrieval.quantized", "retrieval (share of prompts)", _retrieval(_whole, "quantized"),

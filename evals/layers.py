@@ -8,7 +8,7 @@ far from that of its neighbours. Knows nothing of files or texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,15 @@ class Routed:
     tokens: torch.Tensor  # [3, E], int64: the original's, the quantized one's, those of both
     added: torch.Tensor
     along: torch.Tensor
+
+
+def cut_share(counts: Iterable[tuple[int, int, int]]) -> dict[str, float] | None:
+    """Of keys and of values the share that an FP8 cache cuts off; None: they are kept as they are.
+
+    `counts` are those of `cut_keys_values`.
+    """
+    keys, values, every = (sum(column) for column in zip(*counts, strict=True))
+    return {"keys": keys / every, "values": values / every} if every else None
 
 
 def sums(plain: Passing, served: Passing) -> list[Part]:

@@ -66,6 +66,7 @@ def _comparison(report: Report) -> str:
     rows = [
         *_likelihood_rows(part(report, "evidence", "likelihood")),
         *_routing_rows(part(report, "evidence").get("layers") or []),
+        *_cut_rows(part(report, "evidence").get("layers") or []),
         *_retrieval_rows(part(report, "evidence", "retrieval")),
         *_size_rows(report),
     ]
@@ -109,6 +110,17 @@ def _routing_rows(layers: Sequence[Mapping[str, Any]]) -> list[Row]:
         (label, "", "", percent(worst["agreement"], 2)),
         (f"routing agreement, mean of {len(layers)} layers", "", "", percent(mean, 2)),
     ]
+
+
+def _cut_rows(layers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """How many keys and values are larger than what calibration prepared the FP8 cache for."""
+    kept = [layer for layer in layers if layer.get("cut")]
+    rows: list[Row] = []
+    for name in ("keys", "values") if kept else ():
+        worst = max(kept, key=lambda layer: layer["cut"][name])
+        label = f"{name} beyond FP8, worst layer ({worst.get('layer', '?')})"
+        rows.append((label, "", "", percent(worst["cut"][name], 4)))
+    return rows
 
 
 def _retrieval_rows(retrieval: Mapping[str, Any]) -> list[Row]:

@@ -15,6 +15,7 @@ import torch
 from .schemes import FLOAT8_MAX, positive, storable, to_float8
 
 KEY, VALUE = "k_scale", "v_scale"
+_ROUNDED = 464.0  # up to here the nearest of E4M3's numbers, were there more, is its largest, 448
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Float8Cache:
     def values(self, values: torch.Tensor) -> torch.Tensor:
         """As attention reads them back."""
         return _stored(values, self.value_scale)
+
+    def cut(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:
+        """How many numbers of either are beyond the largest one, by more than rounding."""
+        pairs = (keys, self.key_scale), (values, self.value_scale)
+        first, second = (int((x.float().abs() > scale * _ROUNDED).sum()) for x, scale in pairs)
+        return first, second
 
     def tensors(self, attention: str) -> Iterator[tuple[str, torch.Tensor]]:
         """What a checkpoint has of it, by name, F32 `[1]`."""

@@ -9,9 +9,9 @@ in tests/test_model.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -71,6 +71,7 @@ class Cache(Protocol):
 
     def keys(self, keys: torch.Tensor) -> torch.Tensor: ...
     def values(self, values: torch.Tensor) -> torch.Tensor: ...
+    def cut(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -227,12 +228,31 @@ def largest_keys_values(
     config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
 ) -> tuple[float, float]:
     """The largest size of a key and of a value that hidden states `[S, T, D]` give."""
-    found = []
-    for span in _spans(0, hidden.shape[1], POSITIONS_TOGETHER):
-        normed = rms_norm(hidden[:, span], layer.input_norm, config.rms_eps)
-        found.append([float(x.abs().max()) for x in _keys_values(config, layer, normed, span)])
+    found = [(float(k.abs().max()), float(v.abs().max())) for k, v in _kept(config, layer, hidden)]
     keys, values = zip(*found, strict=True)
     return max(keys), max(values)
+
+
+def cut_keys_values(
+    config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
+) -> tuple[int, int, int]:
+    """Of the keys that hidden states `[S, T, D]` give how many numbers are too large for the
+    layer's cache, of the values, and how many there are of either."""
+    keys = values = every = 0
+    if layer.cache is not None:
+        for k, v in _kept(config, replace(layer, cache=None), hidden):
+            found = layer.cache.cut(k, v)
+            keys, values, every = keys + found[0], values + found[1], every + k.numel()
+    return keys, values, every
+
+
+def _kept(
+    config: ModelConfig, layer: DecoderLayer, hidden: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values as attention reads them, POSITIONS_TOGETHER at a time."""
+    for span in _spans(0, hidden.shape[1], POSITIONS_TOGETHER):
+        normed = rms_norm(hidden[:, span], layer.input_norm, config.rms_eps)
+        yield _keys_values(config, layer, normed, span)
 
 
 def _with_positions(

@@ -69,7 +69,7 @@ def task(name: str, original: float, quantized: float, low: float, high: float) 
 def _layer(layer: int, error: float) -> dict[str, Any]:
     if not layer:
         dense = dict.fromkeys(("agreement", "expert_gain"))
-        return {"layer": 0, "hidden_error": error, "gain": 0.99, **dense}
+        return {"layer": 0, "hidden_error": error, "gain": 0.99, "cut": None, **dense}
     gains = [0.97, 0.99, None, 0.98 + 0.005 * layer, 0.96]
     return {
         "layer": layer,
@@ -77,6 +77,7 @@ def _layer(layer: int, error: float) -> dict[str, Any]:
         "gain": 0.98,
         "agreement": 0.99 - layer / 100,
         "expert_gain": gains,
+        "cut": {"keys": 0.0, "values": layer / 1024},
     }
 
 

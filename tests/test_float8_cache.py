@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 import cli
+from evals.evaluation import compare
+from evals.questions import Questions
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.export import has_float8_cache
 from llama4q.kv_cache import KVDtype
 from llama4q.recipe import load_recipe
+from llama4q.weights import LayerReader
 
 from . import runs, tiny
 from .test_bad_input import QUICK, VARIANT, mistake, with_tokenizer
@@ -75,6 +80,51 @@ def test_they_change_the_result(source: Path, quantized: Path, tmp_path: Path) -
     assert not torch.equal(before, after)  # calibration has gone on with what is read back
     assert has_float8_cache(quantized)
     assert not has_float8_cache(tmp_path / "plain")
+
+
+def evidence(source: Path, quantized: Path, windows: torch.Tensor) -> list[dict[str, Any]]:
+    """Layer by layer."""
+    original, other = (
+        LayerReader(Checkpoint(folder), read_config(folder), torch.float32)
+        for folder in (source, quantized)
+    )
+    questions = Questions(windows, "", [], 0, runs.words)
+    layers: list[dict[str, Any]] = compare(original, other, questions, lambda: None)["layers"]
+    return layers
+
+
+def scaled(folder: Path, other: Path, factor: float) -> Path:
+    """The same with scales that hold so many times of what calibration saw."""
+    shutil.copytree(folder, other)
+    for shard in sorted(other.glob("*.safetensors")):
+        tensors = load_file(shard)
+        for name in tensors:
+            if name.endswith((".k_scale", ".v_scale")):
+                tensors[name] *= factor
+        save_file(tensors, shard, metadata={"format": "pt"})
+    return other
+
+
+@torch.inference_mode()
+def test_cut_numbers_are_counted(source: Path, quantized: Path, tmp_path: Path) -> None:
+    """In the first layer, where both models still see the same, against transformers' cache.
+    What rounds to the largest number of E4M3, a step of 32 wide, is not cut."""
+    windows = runs.tokens(source, 3, 96, seed=3)
+    cache = DynamicCache()
+    tiny.transformers_model(source)(input_ids=windows, past_key_values=cache)
+    half = scaled(quantized, tmp_path / "half", 0.5)
+    found = evidence(source, half, windows)
+    kept = (cache.layers[0].keys, cache.layers[0].values)
+    expected = [
+        float((x.abs() / scale > 448 + 16).float().mean())
+        for x, scale in zip(kept, scales(half)[0], strict=True)
+    ]
+    assert min(expected) > 0
+    assert [found[0]["cut"]["keys"], found[0]["cut"]["values"]] == pytest.approx(expected, rel=1e-3)
+    assert all(min(one["cut"].values()) > 0 for one in found)
+    wide = evidence(source, scaled(quantized, tmp_path / "wide", 2.0), windows)
+    assert all(one["cut"] == {"keys": 0, "values": 0} for one in wide)
+    assert all(one["cut"] is None for one in evidence(source, source, windows))
 
 
 def test_a_stopped_run_goes_on_with_its_scales(

@@ -62,6 +62,8 @@ MET: list[tuple[str, str, float, float]] = [
     ("layers.expert_gain.1.1", "max", 0.0125, 0.0125),
     ("layers.agreement", "min", 0.96, 0.96),
     ("layers.agreement.1", "min", 0.98, 0.98),
+    ("layers.cut", "max", 3 / 1024, 3 / 1024),
+    ("layers.cut.1", "max", 1 / 1024, 1 / 1024),
     ("retrieval.quantized", "min", 0.9625, 0.9625),
     ("retrieval.difference", "min", -0.0125, -0.0125),
     ("retrieval.tasks.quantized", "min", 0.925, 0.925),

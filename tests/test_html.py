@@ -263,6 +263,19 @@ def test_layers_without_experts_have_no_row() -> None:
     assert [row[0] for row in rows] == ["layer", "1", "3", "5", "7"]
 
 
+def test_what_an_fp8_cache_cuts_off() -> None:
+    name = "Keys and values beyond the FP8 cache by layer"
+    report = reports.quantized(layers=3)
+    assert name not in tables(parsed(report))
+    for entry in report["evidence"]["layers"]:
+        entry["cut"] = {"keys": 0.0, "values": entry["layer"] / 10_000}
+    tree = parsed(report)
+    assert tables(tree)[name][1:] == [
+        ["0", "0.0000 %", "0.0000 %"], ["1", "0.0000 %", "0.0100 %"], ["2", "0.0000 %", "0.0200 %"],
+    ]  # fmt: skip
+    assert "At most 0.0000 % of a layer's keys and 0.0200 % of its values." in tree.text
+
+
 # --- the top ---
 
 

@@ -44,7 +44,10 @@ FULL: dict[str, Any] = {
             "top1_agreement": 0.97,
             "units": "nats per token",
         },
-        "layers": [{"layer": 1, "agreement": 0.99}, {"layer": 3, "agreement": 0.95}],
+        "layers": [
+            {"layer": 1, "agreement": 0.99, "cut": {"keys": 0.25, "values": 0.0}},
+            {"layer": 3, "agreement": 0.95, "cut": {"keys": 0.125, "values": 0.0625}},
+        ],
         "retrieval": {
             "prompts": 16,
             "original": 1.0,
@@ -99,6 +102,8 @@ def squeezed(text: str) -> list[str]:
         "top-1 agreement (tokens) 97.00 %",
         "routing agreement, worst layer (3) 95.00 %",
         "routing agreement, mean of 2 layers 97.00 %",
+        "keys beyond FP8, worst layer (1) 25.0000 %",
+        "values beyond FP8, worst layer (3) 6.2500 %",
         "retrieval, exact match (16 prompts) 100.0 % 87.5 % -12.5 points",
         "95 % interval of the difference -31.2 to +0.0 points",
         "at 512 tokens 100.0 % 81.2 % -18.8 points",  # 4 and 12 prompts: (4 + 9) / 16

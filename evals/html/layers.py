@@ -28,6 +28,7 @@ def layers(report: Report) -> Section | None:
         _hidden(measured),
         _gain(measured),
         _routing(measured),
+        _cut(measured),
         _weights(report.get("layers") or []),
     ]
     return section("Layers", plots) if any(plots) else None
@@ -149,6 +150,33 @@ def _round_below(percentage: float) -> float:
     """A round percentage below, with some room."""
     room = 100 - percentage
     return 100 - next(step for step in (1, 2, 5, 10, 20, 50, 100) if step >= room)
+
+
+def _cut(measured: Sequence[Record]) -> Markup | None:
+    """None where keys and values are kept as they are."""
+    shares = {record["layer"]: record["cut"] for record in measured if record.get("cut")}
+    if not shares:
+        return None
+    most = {name: max(cut[name] for cut in shares.values()) for name in ("keys", "values")}
+    return figure(
+        "Keys and values beyond the FP8 cache",
+        said(
+            "Numbers that are larger than any that calibration prepared the cache for; they are "
+            f"stored as the largest one. At most {percent(most['keys'], 4)} of a layer's keys and "
+            f"{percent(most['values'], 4)} of its values."
+        ),
+        behind(
+            table(
+                "Keys and values beyond the FP8 cache by layer",
+                ("layer", "keys", "values"),
+                [
+                    (str(layer), percent(cut["keys"], 4), percent(cut["values"], 4))
+                    for layer, cut in shares.items()
+                ],
+                "sortable",
+            )
+        ),
+    )
 
 
 def _weights(records: Sequence[Record]) -> Markup | None:
