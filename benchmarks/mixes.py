@@ -24,8 +24,9 @@ import click
 from scipy.stats import spearmanr
 
 from calibrate.budget import Choice, Goal, choose
-from commands.goal import measured, no_schemes
+from commands.goal import no_schemes
 from commands.jobs import drawn_tokens
+from commands.passes import Original, measured
 from llama4q.config import ModelConfig, read_config
 from llama4q.device import HOST
 from llama4q.gpus import Device
@@ -141,8 +142,8 @@ def main(folder: Path, model: str, options: tuple[str, ...]) -> None:
     device = Device("all", RESERVED_BYTES * 100)
     goal = Goal(config, infos, device, Serving(1024), no_schemes())
     drawn = drawn_tokens(Calibration(samples=32, length=1024), load_tokenizer(source.folder))
-    work = folder / "work"
-    sensitivity = measured(goal, source, work, drawn.tokens[0], "bfloat16", HOST, UNBOUNDED)
+    read = Original(source, config, folder / "work", "bfloat16", HOST, UNBOUNDED)
+    sensitivity = measured(read, goal, drawn.tokens[0])
     choice = choose(goal, sensitivity)
 
     mixes: dict[str, Mapping[Place, str]] = {}

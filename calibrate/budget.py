@@ -175,6 +175,17 @@ class Choice:
         return Mix(there) if len(there) == len(found) else None
 
 
+def refuse_needless(goal: Goal) -> None:
+    """Raises UserError when the original fits, and no recipe names what is to be quantized."""
+    plan = goal.plan(goal.infos)
+    if plan.fits and not any(map(goal.pinned, goal.places())):
+        raise UserError(
+            f"--fit {_wanted(plan)}: the original fits as it is, {plan.weight_bytes / 1e9:.2f} GB "
+            f"of weights where there is room for {plan.weight_room / 1e9:.2f} GB; serve that, or "
+            f"name a --recipe"
+        )
+
+
 def least(goal: Goal) -> Recipe:
     """The smallest mix, before anything is measured.
 
@@ -254,14 +265,17 @@ def _errors(goal: Goal, sensitivity: Sensitivity) -> dict[Place, dict[str, float
 
 def _refusal(goal: Goal, plan: MemoryPlan, remedies: Iterable[str]) -> str:
     """One line: by how much no mix fits, and what would do."""
-    serving = plan.serving
-    wanted = f"{serving.concurrency} x {serving.context:,} tokens on {plan.device.name}"
-    if serving.cards > 1:
-        wanted += f" x {serving.cards}"
     pinned = f" that {goal.recipe.name} allows" if any(map(goal.pinned, goal.places())) else ""
     would_do = "; ".join(remedies) or "no option or GPU known here"
     return (
-        f"--fit {wanted}: the smallest mix{pinned} has {plan.weight_bytes / 1e9:.2f} GB of weights "
-        f"on a card, {plan.short_bytes / 1e9:.2f} GB more than there is room for; "
+        f"--fit {_wanted(plan)}: the smallest mix{pinned} has {plan.weight_bytes / 1e9:.2f} GB of "
+        f"weights on a card, {plan.short_bytes / 1e9:.2f} GB more than there is room for; "
         f"would do: {would_do}"
     )
+
+
+def _wanted(plan: MemoryPlan) -> str:
+    """The goal in words."""
+    serving = plan.serving
+    cards = f" x {serving.cards}" if serving.cards > 1 else ""
+    return f"{serving.concurrency} x {serving.context:,} tokens on {plan.device.name}{cards}"

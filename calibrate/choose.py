@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from llama4q.hidden import Spool
+from llama4q.kept import Kept, Reached
 from llama4q.prefetch import prefetched
 from llama4q.stream import advance, embed
 from llama4q.weights import LayerReader
@@ -19,20 +21,35 @@ from llama4q.weights import LayerReader
 
 @torch.inference_mode()
 def expert_counts(
-    reader: LayerReader, tokens: torch.Tensor, layer_done: Callable[[], None]
+    reader: LayerReader,
+    tokens: torch.Tensor,
+    layer_done: Callable[[int], None],
+    spool: Spool | None = None,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
-    """How many tokens of each sequence `[S, T]` go to each expert, `[S, layers * E]` int64."""
+    """How many tokens of each sequence `[S, T]` go to each expert, `[S, layers * E]` int64.
+
+    `layer_done` is told the number of those that are. Hidden states lie in `spool`, without one in
+    memory; with `kept` the pass goes on where an earlier start has come to.
+    """
     config = reader.config
-    hidden = embed(reader.embedding(), [tokens])
-    counts = []
-    for layer in prefetched(reader.layer, range(config.num_layers)):
+    hidden = embed(reader.embedding(), [tokens], spool)
+    counts: list[list[list[int]]] = []  # by layer with experts, sequence, expert; JSON types
+    begun = 0
+    if kept is not None and (reached := kept.reached()) is not None:
+        begun, counts = reached.layers, reached.found
+        kept.take([hidden])
+    layer_done(begun)
+    for layer in prefetched(reader.layer, range(begun, config.num_layers)):
         routing = advance(config, layer, hidden)
         if routing is not None:
             chosen = routing.expert.view(len(tokens), -1)
             found = torch.zeros(len(tokens), config.num_experts, dtype=torch.int64)
-            counts.append(found.scatter_add_(1, chosen, torch.ones_like(chosen)))
-        layer_done()
-    return torch.cat(counts, dim=1)
+            counts.append(found.scatter_add_(1, chosen, torch.ones_like(chosen)).tolist())
+        if kept is not None:
+            kept.keep(Reached(layer.index + 1, counts), [hidden])
+        layer_done(layer.index + 1)
+    return torch.cat([torch.tensor(found) for found in counts], dim=1)
 
 
 def best_covering(counts: torch.Tensor, keep: int) -> list[int]:

@@ -21,11 +21,14 @@ from torch.nn import functional
 from llama4q.config import ModelConfig
 from llama4q.errors import UserError
 from llama4q.hidden import Spool, Store
+from llama4q.kept import Kept, Reached
 from llama4q.model import DecoderLayer, Head, Linear, Mlp, Moe, attention, logits
 from llama4q.prefetch import prefetched
 from llama4q.schemes import Scheme, round_to_nearest
 from llama4q.stream import POSITIONS_AT_ONCE, Passing, attend, check_tokens
 from llama4q.weights import Component, LayerReader, served_inputs
+
+ROUNDING = 4.0  # streams that pass a layer while one candidate rounds it
 
 
 @dataclass(frozen=True)
@@ -94,24 +97,46 @@ def sensitivity_from_json(raw: Mapping[str, Any]) -> Sensitivity:
     return Sensitivity(tuple(parts), raw["uniform"])
 
 
+def work(config: ModelConfig, candidates: Sequence[Scheme]) -> list[float]:
+    """How long each layer takes, compared with the others: streams that pass it, and rounding."""
+    found, begun = [], 1
+    for index in range(config.num_layers):
+        found.append(begun + ROUNDING * len(candidates))
+        begun += parts(config, index)
+    return found
+
+
+def parts(config: ModelConfig, index: int) -> int:
+    """How many a layer has: o_proj, and shared expert and experts or the dense feed-forward."""
+    return 3 if index in config.moe_layers else 2
+
+
 @torch.inference_mode()
 def measure(
     reader: LayerReader,
     tokens: torch.Tensor,
     candidates: Sequence[Scheme],
     spool: Spool,
-    layer_done: Callable[[], None],
+    layer_done: Callable[[int], None],
+    kept: Kept | None = None,
 ) -> Sensitivity:
     """On tokens `[S, T]`, for all candidates, the coarsest first.
+
+    `layer_done` is told the number of layers that are. With `kept` the pass goes on where an
+    earlier start has come to.
 
     Raises UserError for a token that the vocabulary does not have, and for a model of which
     rounding changes nothing.
     """
     check_tokens(reader.config.vocab_size, tokens)
     probe = Probe(reader.config, candidates, reader.embedding()[tokens], spool)
-    for layer in prefetched(reader.layer, range(reader.config.num_layers)):
+    begun = probe.resume(kept) if kept is not None else 0
+    layer_done(begun)
+    for layer in prefetched(reader.layer, range(begun, reader.config.num_layers)):
         probe.layer(layer)
-        layer_done()
+        if kept is not None:
+            kept.keep(Reached(layer.index + 1, probe.found), probe.streams())
+        layer_done(layer.index + 1)
     return probe.finish(reader.head())
 
 
@@ -129,16 +154,30 @@ class Probe:
         """`embedded` is `[S, T, D]`."""
         self.config = config
         self.candidates = candidates
-        parts = sum(3 if i in config.moe_layers else 2 for i in range(config.num_layers))
+        copies = sum(parts(config, index) for index in range(config.num_layers))
         shape = tuple(embedded.shape)
-        self.copies = spool.store([shape] * (1 + parts), embedded.dtype)  # the original is first
+        self.copies = spool.store([shape] * (1 + copies), embedded.dtype)  # the original is first
         self.copies[0] = embedded
         self.begun = 1
         self.rounded = {scheme: spool.store([shape], embedded.dtype) for scheme in candidates}
         for stream in self.rounded.values():
             stream[0] = embedded
         self.tokens = embedded.shape[0] * embedded.shape[1]
-        self.found: list[tuple[int, Component, Differences]] = []
+        self.found: list[tuple[int, str, dict[str, float]]] = []  # JSON types
+
+    def streams(self) -> list[Store]:
+        """All hidden states that there are by now."""
+        return [self.copies.first(self.begun), *self.rounded.values()]
+
+    def resume(self, kept: Kept) -> int:
+        """Go on where an earlier start has come to: the number of layers behind it."""
+        reached = kept.reached()
+        if reached is None:
+            return 0
+        self.found = [tuple(one) for one in reached.found]
+        self.begun += len(self.found)
+        kept.take(self.streams())
+        return reached.layers
 
     def layer(self, layer: DecoderLayer) -> None:
         """All of them through a layer; copies begin behind each of its parts."""
@@ -198,15 +237,15 @@ class Probe:
         plain = self.copies[0]
         self.copies[self.begun] = plain + found.error.view_as(plain).to(plain.dtype)
         self.begun += 1
-        self.found.append((index, component, found))
+        self.found.append((index, component.value, found.errors()))
 
     def finish(self, head: Head) -> Sensitivity:
         """What came of each. Raises UserError when nothing came of any."""
         copies = [(self.copies, where.start) for where in self.copies.slices()[1:]]
         divergence = self._divergence(head, copies)
         parts = [
-            PartLoss(index, component, diverged, found.errors())
-            for (index, component, found), diverged in zip(self.found, divergence, strict=True)
+            PartLoss(index, Component(component), diverged, errors)
+            for (index, component, errors), diverged in zip(self.found, divergence, strict=True)
         ]
         names = [scheme.name for scheme in self.rounded]
         uniform = self._divergence(head, [(stream, 0) for stream in self.rounded.values()])

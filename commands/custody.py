@@ -11,7 +11,8 @@ import click
 
 from llama4q.ranks import ALONE
 
-from .jobs import chosen_tokens, drawn_tokens, job_of, run_report, shapes, told_what_stands
+from .jobs import drawn_tokens, job_of, run_report, shapes, told_what_stands
+from .passes import Original, chosen_tokens
 from .shared import as_text, budget_for, tell
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def reproduce(
     plan = plan_for(original.checkpoint(), config, recipe, Texts(shapes(drawn.tokens)))
     held = check_memory(plan, budget_for(memory, where, ALONE), memory is not None)
     keep_freed_memory()
-    drawn = chosen_tokens(drawn, recipe.calibration, original, before.dtype, where)
+    read = Original(original, config, folder, before.dtype, where, held)
+    drawn = chosen_tokens(read, drawn, recipe.calibration)
     check_tokens_alike(before, drawn.digest)
     job = job_of(original, folder, recipe, drawn, before.dtype, where)
 

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    import torch
-
     from calibrate.budget import Choice, Goal
-    from calibrate.sensitivity import Sensitivity
     from llama4q.config import ModelConfig
     from llama4q.gpus import Device
     from llama4q.kv_cache import KVDtype
-    from llama4q.machine import Memory
     from llama4q.memory import Serving
     from llama4q.recipe import Recipe
     from llama4q.source import Source
 
 CONTEXT = 131072  # tokens
-PROBE_SEQUENCES, PROBE_LENGTH = 2, 512  # tokens; more changes little (NOTES.md, 2026-11-28)
-MEASURED = "sensitivity.json"  # in the work folder
 
 
 @dataclass(frozen=True)
@@ -107,15 +98,17 @@ def no_schemes() -> Recipe:
 def goal_of(
     source: Source, device: Device, context: int | None, engine: Engine, recipe: Recipe
 ) -> Goal:
-    """Raises UserError for what is quantized already."""
-    from calibrate.budget import Goal
+    """Raises UserError for what is quantized already, or need not be."""
+    from calibrate.budget import Goal, refuse_needless
     from llama4q.config import read_config
     from llama4q.export import refuse_quantized
 
     refuse_quantized(source.folder)
     config = read_config(source.folder)
     serving = engine.serving(context or default_context(config), recipe.kv_cache)
-    return Goal(config, source.checkpoint().infos, device, serving, recipe)
+    goal = Goal(config, source.checkpoint().infos, device, serving, recipe)
+    refuse_needless(goal)
+    return goal
 
 
 def range_told(goal: Goal) -> str:
@@ -148,52 +141,3 @@ def told(choice: Choice) -> str:
         shares = ", ".join(f"{number} x {name}" for name, number in schemes.most_common())
         lines.append(f"  {component.replace('_', ' '):14}{shares}")
     return "\n".join(lines)
-
-
-def measured(
-    goal: Goal,
-    source: Source,
-    folder: Path,
-    tokens: torch.Tensor,
-    dtype: str,
-    device: torch.device,
-    memory: Memory,
-) -> Sensitivity:
-    """What each part loses in each scheme, on a few of the calibration tokens `[S, T]`; from the
-    work folder, where an earlier start of the same run has measured it."""
-    from tqdm import tqdm
-
-    from calibrate.run import DTYPES
-    from calibrate.sensitivity import measure, sensitivity_from_json
-    from llama4q import __version__
-    from llama4q.hidden import Spool
-    from llama4q.weights import LayerReader
-    from llama4q.writer import WORK, to_json, write_atomically, writing
-
-    length = min(PROBE_LENGTH, tokens.shape[1])
-    probe = tokens[: -(-PROBE_SEQUENCES * PROBE_LENGTH // length), :length]
-    schemes = goal.schemes()
-    key = {
-        "llama4q": __version__,
-        "source": source.identity(),
-        "tokens": hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
-        "schemes": [scheme.name for scheme in schemes],
-        "dtype": dtype,
-        "device": device.type,
-    }
-    path = folder / WORK / MEASURED
-    if path.exists() and (found := json.loads(path.read_bytes()))["key"] == key:
-        return sensitivity_from_json(found["sensitivity"])
-    with writing(folder):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    reader = LayerReader(source.checkpoint(device), goal.config, DTYPES[dtype])
-    spool = Spool(memory.rows, path.parent, device, memory.on_device)
-    with tqdm(total=goal.config.num_layers, desc="measuring what parts lose", unit="layer") as bar:
-
-        def layer_done() -> None:
-            bar.update()
-
-        sensitivity = measure(reader, probe, schemes, spool, layer_done)
-    with writing(folder):
-        write_atomically(path, to_json({"key": key, "sensitivity": sensitivity.to_json()}))
-    return sensitivity

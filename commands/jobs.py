@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4q.errors import UserError
 from llama4q.stopping import Stopped
 
 from .shared import provenance
@@ -120,41 +119,6 @@ def run_report(
         "files": outcome.files,
         "seconds": {"total": outcome.seconds},
     }
-
-
-def chosen_tokens(
-    drawn: CalibrationSet,
-    settings: Calibration,
-    source: Source,
-    dtype: str,
-    device: torch.device,
-) -> CalibrationSet:
-    """The sequences that cover the experts best, where more were drawn than are wanted."""
-    from llama4q.config import read_config
-
-    config = read_config(source.folder)
-    if settings.candidates == 1 or not config.moe_layers:
-        return drawn
-    from tqdm import tqdm
-
-    from calibrate.choose import best_covering, expert_counts
-    from calibrate.data import kept
-    from calibrate.run import DTYPES
-    from llama4q.weights import LayerReader
-
-    if len(drawn.drawn) > 1:
-        raise UserError(
-            f"--candidates {settings.candidates} with a mix of {len(drawn.drawn)} texts would "
-            f"change their shares; name one text, or leave out --candidates"
-        )
-    reader = LayerReader(source.checkpoint(device), config, DTYPES[dtype])
-    with tqdm(total=config.num_layers, desc="choosing calibration text", unit="layer") as bar:
-
-        def layer_done() -> None:
-            bar.update()
-
-        counts = expert_counts(reader, drawn.tokens[0], layer_done)
-    return kept(drawn, best_covering(counts, settings.samples))
 
 
 def shapes(batches: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:

@@ -17,13 +17,13 @@ from .goal import (
     default_context,
     engine_options,
     goal_of,
-    measured,
     no_schemes,
     range_told,
     told,
 )
-from .jobs import chosen_tokens, drawn_tokens, job_of, run_report, shapes, told_what_stands
+from .jobs import drawn_tokens, job_of, run_report, shapes, told_what_stands
 from .measuring import evaluation_options, questions_of
+from .passes import Original, chosen_tokens, measured
 from .shared import GPU, as_text, budget_for, nbytes, tell
 
 if TYPE_CHECKING:
@@ -223,12 +223,11 @@ def quantize(
 
     def settled() -> tuple[CalibrationSet, Recipe, Plan, Choice | None]:
         """What is decided by the original's own hidden states, once for all ranks."""
-        settings = about.recipe.calibration
-        drawn = chosen_tokens(about.drawn, settings, original, dtype, where)
+        read = Original(original, config, folder, dtype, where, held)
+        drawn = chosen_tokens(read, about.drawn, about.recipe.calibration)
         if about.goal is None:
             return drawn, about.recipe, about.plan, None
-        found = measured(about.goal, original, folder, drawn.tokens[0], dtype, where, held)
-        choice = choose(about.goal, found)
+        choice = choose(about.goal, measured(read, about.goal, drawn.tokens[0]))
         tell(told(choice))
         plan = _plan(original, config, choice.recipe, drawn, about.questions, ranks)
         return drawn, choice.recipe, plan, choice

@@ -50,6 +50,20 @@ class Store:
     def __setitem__(self, number: int, batch: torch.Tensor) -> None:
         self._rows.write(self.slices()[number], batch.reshape(-1, batch.shape[-1]))
 
+    def raw(self, number: int) -> memoryview:
+        """The bytes of a batch."""
+        return _raw(self[number].to(HOST).contiguous())
+
+    def fill(self, number: int, raw: bytes) -> None:
+        """A batch from its bytes."""
+        batch = torch.empty(self.shapes[number], dtype=self.dtype)
+        _raw(batch)[:] = raw
+        self[number] = batch
+
+    def nbytes(self, number: int) -> int:
+        """Of a batch."""
+        return torch.Size(self.shapes[number]).numel() * self.dtype.itemsize
+
     @property
     def tokens(self) -> int:
         """How many rows there are."""

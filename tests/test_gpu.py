@@ -213,7 +213,7 @@ def test_evaluation_and_routing_are_the_same(tmp_path: Path) -> None:
     def found(device: torch.device) -> tuple[object, torch.Tensor]:
         reader = LayerReader(Checkpoint(tmp_path, device), config, torch.float32)
         evidence = compare(reader, reader, runs.questions(tmp_path), lambda: None)
-        return evidence, expert_counts(reader, runs.tokens(tmp_path, 3, 40), lambda: None)
+        return evidence, expert_counts(reader, runs.tokens(tmp_path, 3, 40), lambda _: None)
 
     here = found(torch.device("cpu"))
     with fake_gpu() as gpu:
@@ -256,7 +256,7 @@ def test_no_scores_of_all_pairs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
     with fake_gpu() as gpu:
         reader = LayerReader(Checkpoint(folder, gpu), read_config(folder), torch.float32)
-        expert_counts(reader, runs.tokens(folder, 2, 40), lambda: None)
+        expert_counts(reader, runs.tokens(folder, 2, 40), lambda _: None)
     assert len(allowed) > tiny.SCOUT.layers  # chunks of 32 and what is left
     assert not any(allowed)
     assert torch.backends.cuda.math_sdp_enabled()

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 import cli
 from calibrate.budget import CANDIDATES, Goal, choose, least
 from calibrate.sensitivity import PartLoss, Sensitivity
-from commands.goal import MEASURED
+from commands.passes import MEASURED
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import parse_config, read_config
 from llama4q.errors import UserError
@@ -273,6 +273,19 @@ def test_the_result_fits(source: Path, tmp_path: Path) -> None:
         )
     assert mixes[0] != mixes[1]
     assert reports[0]["budget"]["expected"] > reports[1]["budget"]["expected"]
+
+
+def test_an_original_that_fits_is_left_alone(source: Path, tmp_path: Path) -> None:
+    """Unless a recipe says what is wanted."""
+    out = tmp_path / "out"
+    options = (*QUICK, "--context", "64", "--fit", "16GB")
+    line = mistake("quantize", source, out, *options)
+    assert line.startswith("--fit 1 x 64 tokens on 16GB: the original fits as it is, 0.00 GB of ")
+    assert not out.exists()
+    found = CliRunner().invoke(
+        cli.main, ["quantize", str(source), str(out), *options, "--recipe", "int4"]
+    )
+    assert found.exit_code == 0, found.output
 
 
 def test_measured_once(source: Path, tmp_path: Path) -> None:

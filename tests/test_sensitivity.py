@@ -39,8 +39,8 @@ def inputs(source: Path) -> torch.Tensor:
 def measured(source: Path, inputs: torch.Tensor, spool: Spool) -> Sensitivity:
     reader = LayerReader(Checkpoint(source), read_config(source), torch.float32)
     layers: list[int] = []
-    found = measure(reader, inputs, CANDIDATES, spool, lambda: layers.append(0))
-    assert len(layers) == reader.config.num_layers
+    found = measure(reader, inputs, CANDIDATES, spool, layers.append)
+    assert layers == list(range(reader.config.num_layers + 1))
     return found
 
 
