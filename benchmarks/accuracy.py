@@ -29,7 +29,8 @@ from llama4q.config import read_config
 from llama4q.hub import resolve
 from llama4q.recipe import Method, Recipe, Solver, load_recipe
 from llama4q.source import folder_source
-from llama4q.text import load_tokenizer, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import load_tokenizer
 
 PLAIN = Solver(
     damping=0.01, token_damping=0.0, act_order=False, scale_points=1, signed_scales=False, beams=1,

@@ -38,7 +38,8 @@ from calibrate.data import calibration_tokens
 from evals.questions import Questions, ask
 from evals.tasks import Ladder
 from llama4q.hub import resolve
-from llama4q.text import load_tokenizer, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import load_tokenizer
 
 WORKERS = Path(__file__).parent / "peers"
 RECORDS = Path(__file__).parent / "records"

@@ -37,7 +37,7 @@ from llama4q.hub import resolve
 from llama4q.model import DecoderLayer, Head
 from llama4q.recipe import Recipe, adjusted, load_recipe
 from llama4q.source import folder_source
-from llama4q.text import load_tokenizer
+from llama4q.tokens import load_tokenizer
 
 ROWS = "8x512,16x1024,64x512,64x1024,128x1024,32x4096,128x2048,256x2048"
 MIXES = ("pocket", "pocket:0.5,pocket:0.5x4096")

@@ -29,7 +29,7 @@ from evals.tasks import Ladder
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET, resolve
-from llama4q.text import load_tokenizer
+from llama4q.tokens import load_tokenizer
 from llama4q.weights import LayerReader
 
 LAYER, EXPERT, OTHER = 3, 2, 4

@@ -35,7 +35,7 @@ from llama4q.machine import UNBOUNDED
 from llama4q.memory import RESERVED_BYTES, Serving
 from llama4q.predict import Place
 from llama4q.recipe import Calibration
-from llama4q.text import load_tokenizer
+from llama4q.tokens import load_tokenizer
 from llama4q.weights import Component
 
 RUN = "import cli; cli.main()"

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llama4q.text import Document, TextSource, check_size, documents, encode, pack, token_digest
+from llama4q.text import Document, TextSource, documents
+from llama4q.tokens import check_size, encode, pack, token_digest
 
 from .mix import Mix, Portion, rows_of
 

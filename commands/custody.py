@@ -95,7 +95,7 @@ def reproduce(
     from llama4q.hub import resolve
     from llama4q.machine import keep_freed_memory
     from llama4q.memory import Serving
-    from llama4q.text import load_tokenizer
+    from llama4q.tokens import load_tokenizer
 
     finished = resolve(checkpoint, tell)
     before = recorded(finished.checkpoint())

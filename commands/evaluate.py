@@ -58,7 +58,7 @@ def evaluate(
     from llama4q.device import use_device
     from llama4q.hub import resolve
     from llama4q.inspect import component_bytes
-    from llama4q.text import check_same_tokens, load_tokenizer
+    from llama4q.tokens import check_same_tokens, load_tokenizer
     from llama4q.weights import LayerReader
     from llama4q.writer import to_json, write_atomically, writing
 

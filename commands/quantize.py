@@ -154,7 +154,7 @@ def quantize(
     from llama4q.hub import POCKET, resolve, resolve_remote
     from llama4q.machine import keep_freed_memory
     from llama4q.recipe import adjusted, check_schemes, load_recipe
-    from llama4q.text import load_tokenizer
+    from llama4q.tokens import load_tokenizer
 
     ranks = join()
     if stream and ranks.count > 1:

@@ -29,7 +29,7 @@ from llama4q.hub import resolve
 from llama4q.model import Head, logits
 from llama4q.prefetch import prefetched
 from llama4q.stream import TOKENS_AT_ONCE, advance, embed
-from llama4q.text import load_tokenizer
+from llama4q.tokens import load_tokenizer
 from llama4q.weights import LayerReader
 
 # both texts (None for a window of a longer one), the context's tokens and the continuation's

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llama4q.errors import UserError
-from llama4q.text import evaluation_tokens, opening_tokens, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import evaluation_tokens, opening_tokens
 
 from .passages import Decode
 from .prompt import Documents, Material, Prompt

@@ -16,7 +16,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .config import read_config_json
-from .errors import UserError
+from .errors import UserError, one_line
 from .schemes import fake_float8_tokens, positive
 
 if TYPE_CHECKING:
@@ -62,10 +62,9 @@ def _schemes(folder: Path, config: dict[str, Any]) -> list[QuantizationScheme]:
     try:
         groups = QuantizationConfig.model_validate(config).config_groups.values()
     except ValueError as error:
-        line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: compressed-tensors does not know this quantization_config ({line}); "
-            f"compare a checkpoint of a newer or another tool"
+            f"{folder}: compressed-tensors does not know this quantization_config "
+            f"({one_line(error)}); compare a checkpoint of a newer or another tool"
         ) from None
     return [
         scheme if scheme.format else scheme.model_copy(update={"format": config.get("format")})
@@ -108,7 +107,7 @@ def read(
     except (KeyError, RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise UserError(
             f"{checkpoint.folder}: {name} is not stored as config.json says, "
-            f"{scheme.format} ({' '.join(str(error).split())[:120]}); download it again"
+            f"{scheme.format} ({one_line(error)}); download it again"
         ) from None
     return weight, _inputs(name, scheme.input_activations, stored)
 

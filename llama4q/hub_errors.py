@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -118,8 +118,3 @@ def _refused(repo: str, error: HfHubHTTPError, errand: Errand) -> UserError:
 def _said(error: HfHubHTTPError) -> str:
     said = one_line(error.server_message or error.response.reason_phrase)
     return f"the Hub answers {error.response.status_code} ({said})"
-
-
-def one_line(error: BaseException | str) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."

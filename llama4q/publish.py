@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .hub_errors import Errand, Result, named_errors, persistently
 from .manifest import CARD, MANIFEST, extended
 from .writer import write_atomically, writing
@@ -59,7 +59,7 @@ class Order:
         try:
             validate_repo_id(self.repo)
         except HFValidationError as error:
-            said = " ".join(str(error).split())
+            said = one_line(error)
             raise UserError(f"{self.repo}: not a name for a repository ({said})") from None
         if self.create_pr and self.revision not in (None, "main"):
             raise UserError(
@@ -146,7 +146,7 @@ def _commit(api: HfApi, order: Order, files: Mapping[str, str]) -> str:
             parent_commit=parent,
         )
     except ValueError as error:  # what the Hub answered made no sense to the client
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise UserError(f"{order.repo}: upload failed ({said}); {UPLOAD.again}") from None
     return str(done.pr_url or done.commit_url)
 
@@ -158,7 +158,7 @@ def _validate_card(order: Order) -> None:
     try:
         ModelCard.load(order.folder / CARD).validate()
     except ValueError as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise UserError(
             f"{order.folder / CARD}: the Hub refuses its metadata ({said}); mend it"
         ) from None

@@ -16,7 +16,8 @@ from cli import main
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import resolve
-from llama4q.text import load_tokenizer, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import load_tokenizer
 from llama4q.weights import LayerReader
 
 from . import runs, tiny

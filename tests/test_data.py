@@ -24,17 +24,10 @@ from calibrate import data
 from calibrate.data import calibration_tokens, passages, shuffled
 from calibrate.mix import Mix, Portion, parse_mix, rows_of
 from llama4q import text
+from llama4q import tokens as token_rows
 from llama4q.errors import UserError
-from llama4q.text import (
-    SHIPPED_FOLDER,
-    TextSource,
-    encode,
-    evaluation_tokens,
-    load_tokenizer,
-    opening_tokens,
-    parse_source,
-    token_set,
-)
+from llama4q.text import SHIPPED_FOLDER, TextSource, parse_source
+from llama4q.tokens import encode, evaluation_tokens, load_tokenizer, opening_tokens, token_set
 
 POCKET_MODEL = SHIPPED_FOLDER.parent / "model"
 CHAT = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A list."}]
@@ -657,7 +650,7 @@ def test_without_end_of_text_the_eos_token_stands_between_documents(
 ) -> None:
     (tmp_path / "a.txt").write_text("One.\fTwo.\fThree.")
     source = parse_source(str(tmp_path / "a.txt"))
-    monkeypatch.setattr(text, "END_OF_TEXT", "<|nowhere|>")
+    monkeypatch.setattr(token_rows, "END_OF_TEXT", "<|nowhere|>")
     found = evaluation_tokens(source, bare_tokenizer, windows=1, length=8)
     assert bare_tokenizer.eos_token_id in found.tokens
     bare_tokenizer.bos_token = None

@@ -27,7 +27,7 @@ from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET_MODEL
 from llama4q.recipe import Method, Solver, load_recipe
-from llama4q.text import load_tokenizer
+from llama4q.tokens import load_tokenizer
 from llama4q.weights import LayerReader
 
 from . import runs

@@ -37,7 +37,8 @@ from llama4q.model import (
 )
 from llama4q.recipe import Method, Solver, load_recipe
 from llama4q.stream import advance, embed
-from llama4q.text import evaluation_tokens, load_tokenizer, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import evaluation_tokens, load_tokenizer
 from llama4q.weights import LayerReader
 
 LAYER = 2

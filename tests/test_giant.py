@@ -20,7 +20,8 @@ from llama4q.config import parse_config, read_config
 from llama4q.inspect import inspect_checkpoint
 from llama4q.source import folder_source
 from llama4q.stream import advance, embed
-from llama4q.text import evaluation_tokens, load_tokenizer, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import evaluation_tokens, load_tokenizer
 from llama4q.weights import LayerReader, check_layout
 
 from . import runs, test_inspect, tiny

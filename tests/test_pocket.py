@@ -18,7 +18,8 @@ from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET_MODEL
 from llama4q.recipe import Calibration, Method, Solver, load_recipe
-from llama4q.text import evaluation_tokens, load_tokenizer, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import evaluation_tokens, load_tokenizer
 from llama4q.weights import LayerReader
 
 from . import runs, tiny

@@ -20,7 +20,7 @@ from evals.tasks import TASKS, Ladder
 from llama4q.checkpoint import Checkpoint
 from llama4q.config import read_config
 from llama4q.hub import POCKET_MODEL
-from llama4q.text import load_tokenizer
+from llama4q.tokens import load_tokenizer
 from llama4q.weights import LayerReader
 
 from . import tiny

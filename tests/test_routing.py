@@ -17,7 +17,8 @@ from llama4q.config import read_config
 from llama4q.hub import resolve
 from llama4q.model import Moe, feed_forward_input
 from llama4q.recipe import Solver, load_recipe
-from llama4q.text import load_tokenizer, parse_source
+from llama4q.text import parse_source
+from llama4q.tokens import load_tokenizer
 from llama4q.weights import LayerReader
 
 from . import runs, tiny

@@ -24,7 +24,7 @@ from evals.questions import ask
 from evals.tasks import TASKS, Ladder, parse_depths, parse_lengths, parse_tasks, prompts
 from llama4q.errors import UserError
 from llama4q.hub import POCKET_MODEL
-from llama4q.text import load_tokenizer
+from llama4q.tokens import load_tokenizer
 
 BOS = 7
 TEXT = " ".join(f"Sentence number {chr(97 + n % 26)} is\nshort." for n in range(600))
