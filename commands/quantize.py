@@ -138,12 +138,12 @@ def quantize(
     \b
     OMP_NUM_THREADS=16 torchrun --nproc-per-node 4 $(which llama4q) quantize SOURCE DEST
     """
+    from calibrate.beforehand import refuse_early
     from calibrate.budget import choose, least
     from calibrate.mix import parse_mix
     from calibrate.plan import check_memory
     from calibrate.progress import Bar, Silence
     from calibrate.run import quantize as run
-    from calibrate.run import refuse_early
     from evals.card import markdown
     from evals.evaluation import Evaluation
     from evals.html.page import page
@@ -312,7 +312,7 @@ def _pace(
 
 def _streaming(source: Source, config: ModelConfig) -> str:
     """What a streamed run has on the disk."""
-    from calibrate.run import reading_order
+    from calibrate.beforehand import reading_order
 
     held = source.held(reading_order(config, source.checkpoint().names()))
     if not held:

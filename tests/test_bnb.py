@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from calibrate.run import predicted_bytes
+from calibrate.beforehand import predicted_bytes
 from cli import main
 from llama4q import bnb
 from llama4q.checkpoint import Checkpoint, PartReader

@@ -18,8 +18,8 @@ import yaml
 from click.testing import CliRunner
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+from calibrate.beforehand import predicted_bytes
 from calibrate.codes import Rescue
-from calibrate.run import predicted_bytes
 from cli import main
 from evals.figures import FIGURES
 from evals.policy import KEYS, SETTINGS, load_policy

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from calibrate.beforehand import predicted_bytes
 from calibrate.hessian import Hessian
 from calibrate.judge import parts_of
-from calibrate.run import predicted_bytes
 from calibrate.target import HELD_OUT
 from llama4q.checkpoint import INDEX, Checkpoint
 from llama4q.config import read_config

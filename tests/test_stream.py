@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 from llama4q.errors import UserError
 from llama4q.hub import resolve_remote
-from calibrate.run import reading_order
+from calibrate.beforehand import reading_order
 from llama4q.config import read_config
 from tests import runs
 class Loud(runs.Quiet):

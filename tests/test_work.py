@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from calibrate import gptq
+from calibrate.beforehand import predicted_bytes
 from calibrate.gptq import solve
 from calibrate.outputs import solve_in_turn, turns
-from calibrate.run import predicted_bytes
 from calibrate.work import (
     Amounts,
     Phase,
