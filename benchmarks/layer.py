@@ -29,7 +29,7 @@ from calibrate.work import Phase, Texts
 from cli import main as llama4q
 from llama4q.config import read_config
 from llama4q.machine import Rates, measure_rates
-from llama4q.recipe import load_recipe
+from llama4q.recipe import recipe_from_json
 
 EVERY = 0.05  # seconds between two looks
 
@@ -74,7 +74,9 @@ PHASES: dict[str, tuple[tuple[tuple[str, str], ...], tuple[Phase, ...]]] = {
     ),
     "verification": ((("llama4q/verify.py", ""),), ()),
     "calibration text, questions": (
-        (("llama4q/text.py", ""), ("calibrate/data.py", ""), ("evals/questions.py", "")), ()
+        (("llama4q/text.py", ""), ("llama4q/tokens.py", ""), ("calibrate/data.py", ""),
+         ("evals/questions.py", "")),
+        (),
     ),
 }  # fmt: skip
 OUTER = ("evaluation", "verification", "shrinkage pools")  # counts whatever is called inside
@@ -161,7 +163,7 @@ def main(source: Path, destination: Path, options: tuple[str, ...]) -> None:
     taken = time.perf_counter() - began
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = json.loads((destination / "report.json").read_bytes())
-    config, recipe = read_config(source), load_recipe(report["recipe"]["name"])
+    config, recipe = read_config(source), recipe_from_json(report["recipe"])
     scheme = next(one for one in recipe.schemes.values() if one.calibrates)
     rates = measure_rates(next(source.glob("*.safetensors")), destination)
     paced = pace(rates, measure_searches(scheme, recipe.solver), DTYPES[report["dtype"]])
