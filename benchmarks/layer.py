@@ -163,7 +163,7 @@ def main(source: Path, destination: Path, options: tuple[str, ...]) -> None:
     taken = time.perf_counter() - began
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = json.loads((destination / "report.json").read_bytes())
-    config, recipe = read_config(source), recipe_from_json(report["recipe"])
+    config, recipe = read_config(source), recipe_from_json(report["recipe"], str(destination))
     scheme = next(one for one in recipe.schemes.values() if one.calibrates)
     rates = measure_rates(next(source.glob("*.safetensors")), destination)
     paced = pace(rates, measure_searches(scheme, recipe.solver), DTYPES[report["dtype"]])
