@@ -16,7 +16,7 @@ import resource
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from types import FrameType
 import click
 
 from calibrate.plan import Pace, duration, make_plan, measure_searches, pace
-from calibrate.run import DTYPES
+from calibrate.run import DTYPES, Report
 from calibrate.work import Phase, Texts
 from cli import main as llama4q
 from llama4q.config import read_config
@@ -106,7 +106,7 @@ class Looks:
     """Looks at the main thread while it is entered."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
@@ -127,7 +127,7 @@ class Looks:
         self._thread.join()
 
 
-def texts_of(report: dict) -> Texts:
+def texts_of(report: Report) -> Texts:
     """The sequences of a finished run, from its report."""
     calibration = report["calibration"]
     likelihood, retrieval = report["evidence"]["likelihood"], report["evidence"]["retrieval"]

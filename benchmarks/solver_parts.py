@@ -10,6 +10,7 @@ the correction: the limit is 2.
 from __future__ import annotations
 
 import argparse
+import functools
 import resource
 import time
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def parts_of(inputs: int, outputs: int, tokens: int, down: bool) -> dict[str, fl
     for beams in (1, 4, 8):
         found = timed(
             parts, f"codes, {beams} beams",
-            lambda beams=beams: solve(aim, factor, scales, scheme, beams),
+            functools.partial(solve, aim, factor, scales, scheme, beams),
         )  # fmt: skip
     assert found.dequantize().isfinite().all()
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import click
 
+from calibrate.layer import part_count
 from calibrate.plan import duration
-from calibrate.run import part_count
 from llama4q.checkpoint import Checkpoint, sha256
 from llama4q.config import read_config
 from llama4q.export import REPORTS

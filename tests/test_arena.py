@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from benchmarks.accuracy_vs_peers import OPTIONS, SETTINGS, Cell
+from benchmarks.peers import llama4q_worker
 from benchmarks.peers.common import Assignment, hand_back
 from benchmarks.peers.judge import by_transformers, see, verdict
 from benchmarks.peers.table import Difference, table
@@ -77,6 +81,28 @@ def test_a_weight_that_is_missing_or_too_many_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="not in the source"):
         hand(assignment(source, tmp_path / "out"), {**weights, "more": torch.zeros(1)})
     assert not (tmp_path / "out").exists()
+
+
+def test_our_own_worker(tmp_path: Path) -> None:
+    """As the arena starts it; what it hands back is about what it was given."""
+    source = tiny.write(tmp_path / "source", VARIANT)
+    (tmp_path / "work").mkdir()
+    numpy.save(tmp_path / "tokens.npy", runs.tokens(source, 4, 96).numpy())
+    job = {
+        "source": source, "tokens": tmp_path / "tokens.npy", "grid": "int4", "bits": 4,
+        "group": 128, "mode": "beams = 1", "seed": 0, "work": tmp_path / "work",
+        "dest": tmp_path / "out",
+    }  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(job, default=str))
+    worker = Path(llama4q_worker.__file__)
+    subprocess.run([sys.executable, str(worker), str(tmp_path / "job.json")], check=True)
+    before, after = Checkpoint(source), Checkpoint(tmp_path / "out")
+    for name in before.names():
+        plain, found = before.get(name).float(), after.get(name).float()
+        if ".feed_forward." in name and "router" not in name:
+            assert 0 < (found - plain).norm() < 0.3 * plain.norm()
+        else:
+            assert torch.equal(plain, found)
 
 
 def test_the_judge_against_eval_and_transformers(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
     dtype = torch.bfloat16 if assignment.mode == "bf16" else torch.float32
     job = Job(folder_source(assignment.source), built, recipe, (tokens,), digest, dtype)
     unasked = Evaluation(
-        read_config(assignment.source), Questions(tokens[:1, :64], "judged elsewhere", [], 0)
+        read_config(assignment.source), Questions(tokens[:1, :64], "judged elsewhere", [], 0, str)
     )
     began = time.perf_counter()
 
