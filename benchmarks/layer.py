@@ -145,7 +145,7 @@ def texts_of(report: Report) -> Texts:
 
 def ceilings(rates: Rates, found: Pace) -> Pace:
     """No product can be faster than the fastest kind of product of the machine."""
-    best = max(rates.f32, rates.bf16, rates.bf16_factors)
+    best = max(rates.f32, rates.bf16, rates.bf16_factors, rates.rough)
     products = set(Phase) - {Phase.SCALES, Phase.CODES}
     return replace(found, speeds={**found.speeds, **dict.fromkeys(products, best)})
 

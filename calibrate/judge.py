@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from llama4q.packing import StoredWeight
-from llama4q.products import product
+from llama4q.products import rough_product
 
 from .target import HELD_OUT, Pair
 
@@ -88,12 +88,12 @@ class Judge:
 
 def _wanted(weight: torch.Tensor, judge: Pair) -> torch.Tensor:
     """What a weight gives, and what the stream lacks besides, F32 `[N, O]`."""
-    wanted = product(judge.original, weight)
+    wanted = rough_product(judge.original, weight)
     return wanted if judge.lacking is None else wanted.add_(judge.lacking)
 
 
 def _share(judge: Pair, wanted: torch.Tensor, found: StoredWeight) -> float:
-    lost = wanted - product(judge.served, found.dequantize())
+    lost = wanted - rough_product(judge.served, found.dequantize())
     weights = wanted.new_ones(len(wanted)) if judge.weights is None else judge.weights
     total = weights @ wanted.square().sum(dim=1)
     return float(weights @ lost.square_().sum(dim=1) / total) if total > 0 else 0.0

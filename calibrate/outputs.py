@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama4q.products import add_product, factor_dtype
+from llama4q.products import add_rough_product, factor_dtype
 from llama4q.schemes import QuantizedWeight
 
 from .cholesky import factor_upper
@@ -63,7 +63,7 @@ def solve_in_turn(
     for turn in order:
         here = turn.outputs
         wanted = weight[:, here].clone(memory_format=torch.contiguous_format)
-        add_product(wanted, residual[:, here.stop :], turn.asked)
+        add_rough_product(wanted, residual[:, here.stop :], turn.asked)
         part = solve(wanted)
         residual[:, here] = weight[:, here] - part.dequantize()
         found.append(part)

@@ -73,9 +73,9 @@ def pace(rates: Rates, searches: Mapping[Phase, float], dtype: torch.dtype) -> P
         Phase.EVALUATION: forward,
         Phase.MOMENTS: rates.bf16_factors,
         Phase.POOL: rates.bf16_factors,
-        Phase.CORRECTION: rates.bf16_factors,
-        Phase.PRODUCTS: rates.bf16_factors,
-        Phase.JUDGE: rates.f32,
+        Phase.CORRECTION: rates.rough,
+        Phase.PRODUCTS: rates.rough,
+        Phase.JUDGE: rates.rough,
         **searches,
     }
     return Pace(speeds, rates.read, rates.write)

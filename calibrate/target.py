@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama4q.products import add_product, add_square, factor_dtype, mirror, product
+from llama4q.products import add_product, add_square, factor_dtype, mirror, product, rough_product
 
 from .gptq import Factor, factorize
 from .hessian import Hessian
@@ -129,7 +129,7 @@ class Moments:
         if self.crossed:
             moved = batch.original - batch.served
             if batch.lacking is not None:
-                moved = product(moved, self.weight).add_(batch.lacking)
+                moved = rough_product(moved, self.weight).add_(batch.lacking)
             add_product(sums.cross, batch.served.T, moved)
         sums.tokens += len(pair.part)
         sums.total += len(pair.part) if pair.weights is None else float(pair.weights.sum())
@@ -181,7 +181,7 @@ class Moments:
         """B `[I, O]`, or some of its columns."""
         if self.lacking:
             return self.cross[:, columns]
-        return product(self.cross, self.weight[:, columns])
+        return rough_product(self.cross, self.weight[:, columns])
 
 
 def corrected(

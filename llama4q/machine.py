@@ -23,7 +23,7 @@ import torch
 from .device import HOST
 from .errors import UserError
 from .gpus import memory_bytes
-from .products import add_product
+from .products import add_product, add_rough_product
 
 SECONDS = 0.1  # each rate is measured for about so long
 HOST_SIZE, DEVICE_SIZE = 2048, 8192  # of square matrices: a GPU is not filled by small ones
@@ -193,6 +193,7 @@ class Rates:
 
     f32: float
     bf16_factors: float  # of products.py: BF16 rows, summed in F32
+    rough: float  # of products.py: where each element may be off by 0.4 %
     bf16: float
     copy: float  # bytes read plus bytes written
     read: float  # from disk
@@ -236,6 +237,7 @@ def measure_rates(shard: Path | None, folder: Path, device: torch.device = HOST)
     return Rates(
         f32=best_rate(lambda: f32 @ f32, flops, device),
         bf16_factors=best_rate(lambda: add_product(total, bf16.T, bf16), flops, device),
+        rough=best_rate(lambda: add_rough_product(total, bf16, bf16), flops, device),
         bf16=best_rate(lambda: bf16 @ bf16, flops, device),
         copy=_copy_rate(device),
         read=write if shard is None else _read_rate(shard),

@@ -37,7 +37,7 @@ from .test_inspect import MAVERICK, SCOUT
 GB = 10**9
 HERE = (Place.HOST, Place.COMPUTE)  # what the host holds where there is no GPU
 TEXTS = Texts(((128, 2048),), ((16, 2048),), ((10, 4096),))
-RATES = Rates(f32=2e11, bf16_factors=8e11, bf16=1.3e12, copy=2e10, read=1e9, write=3e8)
+RATES = Rates(f32=2e11, bf16_factors=8e11, rough=9e11, bf16=1.3e12, copy=2e10, read=1e9, write=3e8)
 SEARCHES = {Phase.FACTOR: 1e11, Phase.SCALES: 1e9, Phase.CODES: 5e7}
 PACE = pace(RATES, SEARCHES, torch.bfloat16)
 
@@ -254,6 +254,8 @@ def test_float32_runs_forwards_at_that_rate() -> None:
     exact = pace(RATES, SEARCHES, torch.float32)
     assert exact.speeds[Phase.ORIGINAL] == exact.speeds[Phase.EVALUATION] == RATES.f32
     assert PACE.speeds[Phase.ORIGINAL] == RATES.bf16
+    assert PACE.speeds[Phase.MOMENTS] == RATES.bf16_factors
+    assert PACE.speeds[Phase.PRODUCTS] == PACE.speeds[Phase.JUDGE] == RATES.rough
     assert set(PACE.speeds) == set(Phase)
 
 

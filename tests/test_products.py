@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from llama4q import products
-from llama4q.products import SQUARE_BLOCK, add_product, add_square, mirror, product
+from llama4q.products import (
+    SQUARE_BLOCK,
+    add_product,
+    add_rough_product,
+    add_square,
+    mirror,
+    product,
+    rough_product,
+)
 
 ROWS, INPUTS, OUTPUTS = 300, SQUARE_BLOCK + 88, 70
 EXACT = 1e-6  # of the norm: F32 sums of exact products
@@ -61,6 +69,22 @@ def test_few_rows(rows: int) -> None:
     assert close(total, left.double().T @ factor(rows, 5, 5).double())
 
 
+@pytest.mark.parametrize("rounds", [True, False])
+def test_rough_products(monkeypatch: pytest.MonkeyPatch, rounds: bool) -> None:
+    """Each element is rounded to BF16's 8 bits once, where that is faster, and else not at all."""
+    monkeypatch.setattr(products, "factor_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(products, "rounds_sums", lambda device: rounds)
+    left, right = factor(ROWS, INPUTS, 0), factor(INPUTS, OUTPUTS, 1)
+    expected = left.double() @ right.double()
+    total = torch.full((ROWS, OUTPUTS), 3.0)
+    add_rough_product(total, left, right.float(), times=-2.0)
+    for found in (rough_product(left.float(), right), (total - 3) / -2):
+        assert found.dtype is torch.float32
+        off = (found.double() - expected).abs()
+        assert (off <= 2**-8 * expected.abs() + 1e-4).all()
+        assert close(found, expected) is not rounds
+
+
 def test_rows_that_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Expanded, they take no room, and MKL cannot walk over them."""
     monkeypatch.setattr(products, "factor_dtype", lambda device: torch.bfloat16)
@@ -76,6 +100,17 @@ def test_a_report_says_how_products_are_made(monkeypatch: pytest.MonkeyPatch) ->
     assert "without MKL" in products.description(here)
     monkeypatch.setattr(products, "factor_dtype", lambda device: torch.float32)
     assert "multiplies no BF16" in products.description(here)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_report_says_whether_sums_are_rounded(
+    monkeypatch: pytest.MonkeyPatch, rounds: bool
+) -> None:
+    monkeypatch.setattr(products, "factor_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(products, "rounds_sums", lambda device: rounds)
+    for product_of_mkl in (None, object()):
+        monkeypatch.setattr(products, "_bf16_product", lambda found=product_of_mkl: found)
+        assert ("rounded" in products.description(torch.device("cpu"))) is rounds
 
 
 def test_factors_are_rounded_where_the_processor_has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
