@@ -55,12 +55,9 @@ class Original:
         return LayerReader(self.source.checkpoint(self.device), self.config, DTYPES[self.dtype])
 
     def spool(self) -> Spool:
-        """For hidden states; makes the folder in which they may lie."""
+        """For hidden states."""
         from llama4q.hidden import Spool
-        from llama4q.writer import writing
 
-        with writing(self.folder):
-            self.work.mkdir(parents=True, exist_ok=True)
         return Spool(self.memory.rows, self.work, self.device, self.memory.on_device)
 
     def key(self, tokens: torch.Tensor) -> dict[str, Any]:
@@ -120,6 +117,7 @@ def measured(original: Original, goal: Goal, tokens: torch.Tensor) -> Sensitivit
     with told("measuring what parts lose", work(goal.config, schemes), reached) as layer_done:
         sensitivity = measure(original.reader(), probe, schemes, spool, layer_done, reached)
     with writing(original.folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, to_json({"key": key, "sensitivity": sensitivity.to_json()}))
     reached.forget()
     return sensitivity

@@ -137,6 +137,8 @@ class Spool:
 
     def _file(self) -> Any:
         try:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
             return tempfile.TemporaryFile(dir=self.folder, buffering=0)
         except OSError as error:
             raise _unwritable(self.folder, error) from None

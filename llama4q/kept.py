@@ -77,6 +77,7 @@ class Kept:
             return
         rows = self.folder / f"{self.name}-{reached.layers}.rows"
         with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             digest = self._write(rows, stores)
             record = {"key": self.key, **vars(reached), "rows": rows.name, "sha256": digest}
             write_atomically(self.record, to_json(record))

@@ -45,8 +45,9 @@ class Home:
     endpoint: str
 
     def start(self, code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        # nothing of the tester's own settings, tokens or proxies
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+        # nothing of the tester's own settings, tokens or proxies, but bytes may depend on threads
+        names = ("PATH", "HOME", "TMPDIR", "OMP_NUM_THREADS")
+        kept = {name: os.environ[name] for name in names if name in os.environ}
         return subprocess.Popen(
             [sys.executable, "-W", "error", "-c", STAY_HOME + code, *arguments],
             cwd=Path(__file__).parent.parent,

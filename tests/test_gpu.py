@@ -66,6 +66,7 @@ def alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(kernel, "_triton", lambda: None)
     monkeypatch.setattr(products, "_add", summed)
+    monkeypatch.setattr(products, "rounds_sums", lambda device: False)
     modules: list[ModuleType] = [products, gptq, outputs, target]
     for module in modules:
         monkeypatch.setattr(module, "factor_dtype", lambda device: torch.bfloat16)

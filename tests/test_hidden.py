@@ -75,9 +75,18 @@ def test_the_budget_is_kept_and_given_back(tmp_path: Path) -> None:
     del second, third
 
 
+def test_a_folder_is_made_when_it_is_needed(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    Spool(folder=folder).store(SHAPES, torch.float32)
+    assert not folder.exists()
+    Spool(0, folder).store(SHAPES, torch.float32)
+    assert folder.is_dir()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    spool = Spool(0, tmp_path / "missing")
-    with pytest.raises(UserError, match=r"missing: hidden states do not fit \(No such file"):
+    (tmp_path / "file").touch()
+    spool = Spool(0, tmp_path / "file" / "folder")
+    with pytest.raises(UserError, match=r"folder: hidden states do not fit \(Not a directory"):
         spool.store(SHAPES, torch.float32)
 
 
