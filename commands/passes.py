@@ -1,5 +1,6 @@
 """Passes over the original before anything is quantized: which text reaches its experts, what its
-parts lose. Each shows how far it is, and goes on where a start that was stopped has come to."""
+parts lose. Each shows how far it is, and goes on where a start that was stopped has come to. Knows
+nothing of codes or recipes."""
 
 from __future__ import annotations
 

@@ -180,7 +180,9 @@ def _cut(report: Report) -> Sequence[Reading]:
         return [Reading(None)]
     found = []
     for one in layers:
-        if one.get("cut") is not None:
+        if "cut" not in one:
+            found.append(Reading(None, place=str(one.get("layer"))))
+        elif one["cut"] is not None:
             shares = [number(one, f"cut.{name}") for name in ("keys", "values")]
             known = [share for share in shares if share is not None]
             found.append(Reading(max(known, default=None), place=str(one.get("layer"))))

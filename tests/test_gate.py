@@ -285,6 +285,11 @@ def test_without_a_baseline_its_limits_are_not_asked(tmp_path: Path) -> None:
             {"evidence.layers": [{"layer": 0, "hidden_error": 0.1}]},
             "not in the report",
         ),
+        (
+            "[layers.cut]\nmax = 0.5",
+            {"evidence.layers": [{"layer": 0, "hidden_error": 0.1}]},
+            "not in the report",
+        ),
         ("[layers.agreement.9]\nmin = 0.5", {}, "no such layer in the report"),
         ("[retrieval.difference]\nmin = -1", {"evidence.retrieval": None}, "not in the report"),
         (
